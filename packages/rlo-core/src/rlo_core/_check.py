@@ -1,0 +1,100 @@
+"""Arguments are checked once, at the public function, with errors that say what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for a label outside [0, classes).
+
+    On the CPU only: elsewhere it would wait for the device, and torch's own device assert speaks.
+    Skipped while compiling or under torch.func, where values cannot be read.
+    """
+    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(target):
+        return
+    low, high = torch.aminmax(target)
+    if low >= 0 and high < classes:
+        return
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if wrong.numel():
+        raise IndexError(
+            f"target must be in [0, {classes}) or ignore_index {ignore_index}, got {int(wrong[0])}"
+        )
+
+
+def check_classes(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    """Check the arguments of a classification loss against the contract of torch's cross entropy."""
+    check_reduction(reduction)
+    check_smoothing(label_smoothing)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (C), (N, C) or (N, C, d1, ..., dK), got ()")
+    if target.device != logits.device:
+        raise ValueError(
+            f"target must be on the device of logits, {logits.device}, got {target.device}"
+        )
+    shape = tuple(logits.shape)
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    if target.is_floating_point():
+        if tuple(target.shape) != shape:
+            raise ValueError(
+                f"probability target must have the shape of logits, {shape}, got "
+                f"{tuple(target.shape)}; class indices must be int64, not {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index does not apply to probability targets, got {ignore_index}"
+            )
+    else:
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise TypeError(
+                f"target must be int64 class indices or floating probabilities, got {target.dtype}"
+            )
+        expected = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        if tuple(target.shape) != expected:
+            raise ValueError(
+                f"target must have shape {expected} for logits of shape {shape}, got "
+                f"{tuple(target.shape)}"
+            )
+        check_labels(target, classes, ignore_index)
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise ValueError(f"weight must have shape ({classes},), got {tuple(weight.shape)}")
+
+
+def check_binary(logits: Tensor, target: Tensor, reduction: str) -> None:
+    """Check the arguments of a binary loss."""
+    check_reduction(reduction)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target must have shape {tuple(logits.shape)} like logits, got {tuple(target.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(
+            f"target must be on the device of logits, {logits.device}, got {target.device}"
+        )

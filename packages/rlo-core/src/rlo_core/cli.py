@@ -1,0 +1,107 @@
+"""The `rlo` command. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from rlo_core import __version__
+from rlo_core.errors import RLOError
+from rlo_core.hosts import host_entries, load_host
+
+
+class FriendlyGroup(click.Group):
+    """A click group that prints a known failure as one line and exits with 1, and 130 when interrupted.
+
+    Host packages build their command on it, so that all of them fail alike.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RLOError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+
+class HostGroup(FriendlyGroup):
+    """`rlo` itself: its own commands, and one for each installed host, imported when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *host_entries()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in host_entries():
+            return own
+        try:
+            return load_host(cmd_name).load_command()
+        except RLOError as error:
+            raise click.ClickException(str(error)) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = [
+            (name, command.get_short_help_str())
+            for name in super().list_commands(ctx)
+            if (command := super(HostGroup, self).get_command(ctx, name)) is not None
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(own)
+        hosts = []
+        for name in host_entries():
+            try:
+                hosts.append((name, load_host(name).summary))
+            except RLOError as error:
+                hosts.append((name, f"broken: {error}"))
+        if hosts:
+            with formatter.section("Hosts"):
+                formatter.write_dl(hosts)
+
+
+@click.group(cls=HostGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rlo")
+def main() -> None:
+    """Rooted logistic objectives: the training objective as a plug-in."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def losses(as_json: bool) -> None:
+    """List the registered losses, their options and formulas."""
+    from rlo_core.registry import available_losses, load_factory, loss_options
+
+    rows: list[dict[str, Any]] = []
+    for name, package in available_losses().items():
+        row: dict[str, Any] = {"name": name, "package": package}
+        try:
+            row["options"] = {key: p.default for key, p in loss_options(name).items()}
+            row["formula"] = getattr(load_factory(name), "formula", "")
+        except RLOError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, default=str))
+        return
+    table = [("name", "package", "formula", "options")]
+    for row in rows:
+        options = ", ".join(f"{key}={value}" for key, value in row.get("options", {}).items())
+        table.append(
+            (row["name"], row["package"], row.get("formula", row.get("error", "")), options)
+        )
+    click.echo(format_table(table))
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned columns, the first row underlined."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,468 @@
+"""The losses as functions: per-sample cross entropy, then a link, then a reduction.
+
+Semantics are those of `torch.nn.functional.cross_entropy` throughout: the same shapes, targets, class
+weights, `ignore_index`, label smoothing and reductions. Half-precision logits are computed in float32.
+NaN logits give a NaN loss. Everything here is differentiable twice, works under `torch.func` and
+compiles without a graph break.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlo_core._check import check_binary, check_classes
+from rlo_core.links import CE, DFT, GCE, Focal, Link, Poly1, Rooted, RootedConvex
+
+IGNORE_INDEX = -100
+"""Targets with this value do not count, as in torch."""
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+class _ApplyLink(torch.autograd.Function):
+    """link(ce) whose gradient is the closed-form slope.
+
+    Autograd's own derivative of expm1 is `result + 1`, which is 0 in float32 once ce/k > 17.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ce: Tensor, link: Link) -> Tensor:
+        value = link.value(ce)
+        # An input returned as it is may not be saved for backward: autograd wants a view of it.
+        return value.view_as(value) if value is ce else value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Link], output: Tensor) -> None:
+        ce, ctx.link = inputs
+        ctx.save_for_backward(ce)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ce,) = ctx.saved_tensors
+        return grad * ctx.link.slope(ce), None
+
+
+def apply_link(ce: Tensor, link: Link) -> Tensor:
+    """Return `link.value(ce)`, differentiated by `link.slope`; half precision is computed in float32.
+
+    Args:
+        ce: Per-sample cross entropy, any shape, nats, >= 0.
+        link: Any `rlo_core.links.Link`.
+
+    Returns:
+        The loss of each sample, the shape of `ce`, float32 or wider.
+    """
+    if ce.dtype in (torch.float16, torch.bfloat16):
+        ce = ce.float()
+    if isinstance(link, CE):
+        return ce
+    applied: Tensor = _ApplyLink.apply(ce, link)
+    return applied
+
+
+class _HalfCrossEntropy(torch.autograd.Function):
+    """Per-sample cross entropy of half-precision logits (classes last), computed in float32.
+
+    Keeps the logits as they are instead of float32 log-probabilities: the peak is no higher than that
+    of torch's own half-precision cross entropy, and the value keeps float32's digits.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor) -> Tensor:
+        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        p = F.softmax(logits, dim=-1, dtype=torch.float32)
+        index = target.unsqueeze(-1)
+        minus_one = torch.full_like(index, -1, dtype=torch.float32)
+        if torch.is_grad_enabled():  # a second derivative is being recorded
+            return (p.scatter_add(-1, index, minus_one) * grad.unsqueeze(-1)).to(logits.dtype), None
+        return p.scatter_add_(-1, index, minus_one).mul_(grad.unsqueeze(-1)).to(logits.dtype), None
+
+
+def link_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    link: Link,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Link of the cross entropy, :math:`\sum_c q_c\, w_c\, \text{link}(-\log p_c)`.
+
+    With an index target q is one-hot and this is :math:`w_y\,\text{link}(ce)`. Linear in q, as cross
+    entropy is, so label smoothing and mixup are expectations of the hard-target loss.
+
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK). Half precision is computed in float32; the
+            gradient is cast back at the end, where float16 may overflow for the convex link.
+        target: int64 (or uint8) class indices, (), (N) or (N, d1, ..., dK), each in [0, C) or equal to
+            `ignore_index`; or class probabilities, floating, the shape of `logits`.
+        link: The map from cross entropy to loss.
+        weight: Class weights, (C), multiplying the link's value; `mean` divides by their sum over the
+            kept targets (by N for probability targets).
+        ignore_index: Index targets with this value give 0 and are not counted. Not for probabilities.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target. float32 for half-precision logits. The mean
+        over no kept target is NaN, as in torch.
+
+    Raises:
+        ValueError, TypeError, IndexError: on the wrong shape, dtype, device, option or label; each
+            message says what was expected and what was got.
+    """
+    check_classes(logits, target, weight, ignore_index, label_smoothing, reduction)
+    if type(link) is CE and logits.dtype not in (torch.float16, torch.bfloat16):
+        return F.cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    if target.is_floating_point():
+        return _soft(logits, target, link, weight, label_smoothing, reduction)
+    return _hard(logits, target, link, weight, ignore_index, label_smoothing, reduction)
+
+
+def _hard(
+    logits: Tensor,
+    target: Tensor,
+    link: Link,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    reduction: Reduction,
+) -> Tensor:
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    if target.dtype != torch.int64:
+        target = target.long()
+    kept = target != ignore_index
+    class_dim = 1 if logits.dim() > 1 else 0
+    if smoothing > 0.0:
+        log_p = F.log_softmax(logits, class_dim, dtype=torch.float32 if half else None)
+        safe = target.masked_fill(~kept, 0)
+        ce = -log_p.gather(class_dim, safe.unsqueeze(class_dim)).squeeze(class_dim)
+    elif half:
+        safe = target.masked_fill(~kept, 0)
+        ce = _HalfCrossEntropy.apply(logits.movedim(class_dim, -1), safe)
+    else:
+        safe = target if weight is None else target.masked_fill(~kept, 0)
+        ce = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    loss = apply_link(ce, link)
+    if weight is not None:
+        weight = weight.to(loss.dtype)
+        counted = weight[safe].masked_fill(~kept, 0.0)
+        loss = loss * counted
+    if smoothing > 0.0:
+        spread = apply_link(-log_p, link).movedim(class_dim, -1)
+        spread = spread.mean(-1) if weight is None else (spread * weight).mean(-1)
+        loss = loss * (1.0 - smoothing) + spread * smoothing
+    loss = loss.masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (kept.sum() if weight is None else counted.sum())
+
+
+def _soft(
+    logits: Tensor,
+    target: Tensor,
+    link: Link,
+    weight: Tensor | None,
+    smoothing: float,
+    reduction: Reduction,
+) -> Tensor:
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    class_dim = 1 if logits.dim() > 1 else 0
+    log_p = F.log_softmax(logits, class_dim, dtype=torch.float32 if half else None)
+    target = target.to(log_p.dtype)
+    if smoothing > 0.0:
+        target = target * (1.0 - smoothing) + smoothing / logits.shape[class_dim]
+    terms = (apply_link(-log_p, link) * target).movedim(class_dim, -1)
+    if weight is not None:
+        terms = terms * weight.to(terms.dtype)
+    loss = terms.sum(-1)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / loss.numel()
+
+
+def link_binary_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    link: Link,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Each logit a two-class problem: :math:`t\,w_+\text{link}(sp(-x)) + (1-t)\,\text{link}(sp(x))`.
+
+    :math:`sp` is softplus, so a target of 1 gives link(-log sigmoid(x)). Linear in a fractional target.
+    For multi-label classification, and for GANs: `RootedConvex` of softplus(-logit). Semantics of
+    `torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Args:
+        logits: Floating, any shape.
+        target: Floating, the shape of `logits`, in [0, 1].
+        link: The map from cross entropy to loss.
+        weight: Multiplies each element's loss; broadcastable to `logits`.
+        pos_weight: Multiplies the positive term; broadcastable to `logits`.
+        reduction: "mean" (over all elements), "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of `logits`; float32 for half-precision logits.
+
+    Raises:
+        ValueError, TypeError: on the wrong shape, dtype, device or option.
+    """
+    check_binary(logits, target, reduction)
+    x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    target = target.to(x.dtype)
+    # -logsigmoid(x) is softplus(-x) without softplus's linear cut at 20.
+    positive = apply_link(-F.logsigmoid(x), link)
+    negative = apply_link(-F.logsigmoid(-x), link)
+    if pos_weight is not None:
+        positive = positive * pos_weight
+    loss = target * positive + (1.0 - target) * negative
+    if weight is not None:
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def rooted_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Bounded rooted logistic loss, :math:`m\,(1 - p_y^{1/k})`: the **released** form, named `rlo`.
+
+    The authors' training and LLM code computes this one. It is bounded by m and not convex; the
+    paper's equation, to which its convexity lemmas apply, is `rooted_convex_loss`.
+
+    Args:
+        logits: As `link_cross_entropy`.
+        target: As `link_cross_entropy`.
+        k: Root, > 0; 3 in the authors' vision code, 5 for language models. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0. The authors set m = k.
+        weight: As `link_cross_entropy`, and so the rest.
+        ignore_index: Targets with this value do not count.
+        label_smoothing: In [0, 1].
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or the shape of an index target for "none".
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for k or m not positive.
+
+    Source: Wang et al., AISTATS 2025, released code (`k`, `m` there too).
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        Rooted(k, m),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def rooted_convex_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Convex rooted logistic loss, :math:`m\,(p_y^{-1/k} - 1)`: the paper's equation less m.
+
+    Convex in the logits for every k > 0, unbounded, and its gradient grows with the miss: hard samples,
+    mislabelled ones too, count for more. Args, Returns and Raises as `rooted_loss`; beyond ce/k = 40 it
+    goes on as its tangent so that float32 stays finite.
+
+    Source: Wang et al., AISTATS 2025, the definition of RLO; `k=2` in the authors' GAN code.
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        RootedConvex(k, m),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 3.0,
+    alpha: float = 0.25,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Focal loss, :math:`\alpha(1-p_y)^\gamma ce`; the rest as `link_cross_entropy`.
+
+    Source: Lin et al., 2017; defaults of the RLO authors' baseline.
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        Focal(gamma, alpha),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def gce_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    q: float = 0.7,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Generalised cross entropy, :math:`(1-p_y^q)/q`; the rest as `link_cross_entropy`.
+
+    Source: Zhang and Sabuncu, 2018.
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        GCE(q),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def dft_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Dynamic fine-tuning, :math:`\text{sg}(p_y)\,ce`; the rest as `link_cross_entropy`.
+
+    Source: Wu et al., 2025.
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        DFT(),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def poly1_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    eps: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Poly-1, :math:`ce + \epsilon(1-p_y)`; the rest as `link_cross_entropy`.
+
+    Source: Leng et al., 2022.
+    """
+    return link_cross_entropy(
+        logits,
+        target,
+        Poly1(eps),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def binary_rooted_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Bounded rooted loss of each logit, :math:`m(1-\sigma(\pm x)^{1/k})`."""
+    return link_binary_cross_entropy(
+        logits, target, Rooted(k, m), weight=weight, pos_weight=pos_weight, reduction=reduction
+    )
+
+
+def binary_rooted_convex_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Convex rooted loss of each logit, :math:`m((1+e^{\mp x})^{1/k}-1)`."""
+    return link_binary_cross_entropy(
+        logits,
+        target,
+        RootedConvex(k, m),
+        weight=weight,
+        pos_weight=pos_weight,
+        reduction=reduction,
+    )

@@ -1,0 +1,269 @@
+"""From a spec string to a criterion, through entry points.
+
+`NAME` or `NAME:option=value,option=value` is the one form in which a loss is named: in a flag, in YAML,
+in Python, in a saved run and in a message. A package adds a loss with an entry point in the group
+`rlo_core.losses` that names a factory: a callable with explicit keyword options that returns a module
+called `loss(logits, target)`. Listing reads package metadata only; a name is imported when it is asked
+for, alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points, version
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any
+
+from rlo_core.errors import PluginError, SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlo_core.links import Link
+    from rlo_core.modules import BinaryLinkLoss
+
+LOSS_GROUP = "rlo_core.losses"
+COMMON_OPTIONS = ("weight", "ignore_index", "label_smoothing", "reduction")
+"""What the host sets, not the spec; a factory takes those that it can honour."""
+
+Value = float | int | bool | str | None
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A parsed spec: `str(spec)` is the canonical string."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        inside = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{inside}" if inside else self.name
+
+    def with_options(self, **options: object) -> LossSpec:
+        """Return the spec with options added; one that is already there with another value is an error."""
+        merged = dict(self.options)
+        for key, value in options.items():
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            if merged.setdefault(key, text) != text:
+                raise SpecError(
+                    f"option {key!r} is given twice, as {merged[key]} in '{self}' and as {text}"
+                )
+        return LossSpec(self.name, merged)
+
+
+def parse_spec(spec: str | LossSpec) -> LossSpec:
+    """Parse `NAME[:option=value,...]`; imports nothing and does not look the name up.
+
+    Raises:
+        SpecError: the string is not of that form.
+    """
+    if isinstance(spec, LossSpec):
+        return spec
+    if not isinstance(spec, str):
+        raise SpecError(f"loss must be a spec string such as 'rlo:k=8,m=10', got {spec!r}")
+    name, colon, rest = spec.strip().partition(":")
+    options: dict[str, str] = {}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not value:
+            raise SpecError(f"loss spec must be NAME or NAME:option=value,..., got {spec!r}")
+        if key in options:
+            raise SpecError(f"loss spec {spec!r} gives option {key!r} twice")
+        options[key] = value
+    if not name.strip():
+        raise SpecError(f"loss spec must be NAME or NAME:option=value,..., got {spec!r}")
+    return LossSpec(name.strip(), options)
+
+
+def _found() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=LOSS_GROUP):
+        same = found.setdefault(entry.name, [])
+        # The same distribution can be on sys.path twice (editable and built); that is no conflict.
+        if not any(
+            other.value == entry.value and package_of(other) == package_of(entry) for other in same
+        ):
+            same.append(entry)
+    return dict(sorted(found.items()))
+
+
+def package_of(entry: EntryPoint) -> str:
+    """Return `name version` of the distribution that an entry point comes from."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+
+
+def available_losses() -> dict[str, str]:
+    """Return every registered name and the `package version` it comes from; imports no plugin."""
+    return {name: " and ".join(map(package_of, found)) for name, found in _found().items()}
+
+
+def load_factory(name: str) -> Callable[..., nn.Module]:
+    """Import and return the factory of one registered loss.
+
+    Raises:
+        SpecError: no such name (with a suggestion).
+        PluginError: two packages claim it, or it does not import.
+    """
+    found = _found()
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise SpecError(
+            f"unknown loss {name!r}{hint} available: {', '.join(found)} "
+            f"(rlo-core {version('rlo-core')})"
+        )
+    entries = found[name]
+    if len(entries) > 1:
+        raise PluginError(
+            f"loss {name!r} is registered by {' and by '.join(map(package_of, entries))}; "
+            "uninstall one of them"
+        )
+    try:
+        factory = entries[0].load()
+    except Exception as error:
+        raise PluginError(
+            f"loss {name!r} from {package_of(entries[0])} failed to import "
+            f"({type(error).__name__}: {error}); `rlo doctor` checks every plugin"
+        ) from error
+    if not callable(factory):
+        raise PluginError(
+            f"loss {name!r} from {package_of(entries[0])} must be a callable that returns a module, "
+            f"got {type(factory).__name__}"
+        )
+    return typing.cast("Callable[..., nn.Module]", factory)
+
+
+def loss_options(name: str) -> dict[str, inspect.Parameter]:
+    """Return the options that a loss takes in its spec, by name, with defaults and annotations."""
+    return {
+        key: parameter
+        for key, parameter in _parameters(load_factory(name)).items()
+        if key not in COMMON_OPTIONS
+    }
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(factory, eval_str=False)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: p for key, p in signature.parameters.items() if p.kind in kinds}
+
+
+def _annotation(factory: Callable[..., Any], key: str) -> Any:
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        return typing.get_type_hints(target).get(key, str)
+    except NameError:  # an annotation that exists for type checkers only
+        return str
+
+
+def _convert(spec: LossSpec, key: str, text: str, annotation: Any) -> Value:
+    origin = typing.get_origin(annotation)
+    types = typing.get_args(annotation) if origin in (typing.Union, UnionType) else (annotation,)
+    if NoneType in types and text.lower() == "none":
+        return None
+    if bool in types and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in types:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in types or not any(kind in types for kind in (bool, int, float)):
+        return text
+    wanted = " or ".join("a number" if t in (int, float) else t.__name__.lower() for t in types)
+    raise SpecError(
+        f"option {key!r} of loss {spec.name!r} must be {wanted.replace('nonetype', 'none')}, got {text!r}"
+    )
+
+
+def create_loss(
+    spec: str | LossSpec,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> nn.Module:
+    """Return the criterion that a spec names, called `loss(logits, target)`.
+
+    Args:
+        spec: `"rlo"`, `"rlo:k=5,m=5"`, any registered name.
+        weight: Class weights, (C).
+        ignore_index: Index targets with this value do not count.
+        label_smoothing: In [0, 1].
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        SpecError: malformed spec, unknown name or option, a value that the loss refuses.
+        PluginError: the plugin does not import, or its name is claimed twice.
+    """
+    spec = parse_spec(spec)
+    factory = load_factory(spec.name)
+    parameters = _parameters(factory)
+    options: dict[str, Any] = {}
+    allowed = [key for key in parameters if key not in COMMON_OPTIONS]
+    for key, text in spec.options.items():
+        if key not in allowed:
+            takes = ", ".join(allowed) if allowed else "none"
+            raise SpecError(f"loss {spec.name!r} takes no option {key!r}; it takes {takes}")
+        options[key] = _convert(spec, key, text, _annotation(factory, key))
+    common = {
+        "weight": (weight, None),
+        "ignore_index": (ignore_index, -100),
+        "label_smoothing": (label_smoothing, 0.0),
+        "reduction": (reduction, "mean"),
+    }
+    for key, (value, default) in common.items():
+        if key in parameters:
+            options[key] = value
+        elif value is not default and value != default:
+            raise SpecError(
+                f"loss {spec.name!r} cannot honour {key}={value!r}; its factory has no such option"
+            )
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"loss '{spec}': {error}") from error
+
+
+def link_of(criterion: nn.Module) -> Link | None:
+    """Return the link of a criterion, or None where its loss is not a function of cross entropy.
+
+    With a link a criterion can be used fused with a linear layer, per token and on binary targets.
+    """
+    from rlo_core.links import Link
+
+    link = getattr(criterion, "link", None)
+    return link if isinstance(link, Link) else None
+
+
+def create_binary_loss(
+    spec: str | LossSpec,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> BinaryLinkLoss:
+    """Return the binary (multi-label) form of a loss: its link on each logit's own two classes.
+
+    Raises:
+        SpecError: as `create_loss`, and for a loss that has no link.
+    """
+    from rlo_core.modules import BinaryLinkLoss, LinkLoss
+
+    criterion = create_loss(spec)
+    link = link_of(criterion)
+    if link is None:
+        raise SpecError(f"loss '{spec}' has no link, so it has no binary form")
+    return BinaryLinkLoss(
+        criterion if isinstance(criterion, LinkLoss) else link,
+        weight=weight,
+        pos_weight=pos_weight,
+        reduction=reduction,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,180 @@
+"""A run on disk: `run.json` has everything it decided, `metrics.jsonl` everything it measured.
+
+Every host writes these two files and `rlo report` renders any number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlo_core.errors import RunError
+from rlo_core.files import write_json
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+_VERSIONED = (
+    "rlo-core",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "trl",
+    "peft",
+    "lightning",
+    "scikit-learn",
+    "numpy",
+)
+
+
+def versions(names: Sequence[str] = _VERSIONED) -> dict[str, str]:
+    """Return the installed versions of the distributions that are there, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return what a number depends on: processor, cores, accelerator. Imports torch only if it is loaded."""
+    import sys
+
+    described: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            described["cpu"] = next(
+                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        described["cpu"] = platform.processor()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        described["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON has it: a scalar tensor as a number, a float that is not finite as text."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class Run:
+    """A run folder that is being written.
+
+    Args:
+        folder: Where `run.json` and `metrics.jsonl` go; made if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._started = time.monotonic()
+        self._document: dict[str, Any] = {}
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        kind: str,
+        loss: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        data: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> Run:
+        """Start a run: write `run.json`, and empty `metrics.jsonl` unless `resume`.
+
+        Args:
+            folder: The run folder.
+            kind: What ran, e.g. "timm train", "hf finetune", "gptq quantize".
+            loss: The spec string.
+            options: Every resolved option.
+            seed: The seed.
+            data: What identifies the data: name, sizes, a fingerprint.
+            resume: Go on with the metrics that are there.
+        """
+        run = cls(folder)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run._document = {
+            "kind": kind,
+            "loss": loss,
+            "options": dict(options or {}),
+            "seed": seed,
+            "data": dict(data or {}),
+            "versions": versions(),
+            "machine": machine(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "status": "running",
+        }
+        write_json(run.folder / RUN_FILE, run._document)
+        metrics = run.folder / METRICS_FILE
+        if not resume or not metrics.exists():
+            metrics.write_bytes(b"")
+        return run
+
+    def log(self, **record: Any) -> None:
+        """Append one line to `metrics.jsonl`: numbers and strings, e.g. `epoch=3, split="val", ce=0.41`."""
+        line = json.dumps({key: _plain(value) for key, value in record.items()}, default=str) + "\n"
+        with (self.folder / METRICS_FILE).open(
+            "ab"
+        ) as handle:  # one write: a line is whole or absent
+            handle.write(line.encode("utf-8"))
+
+    def finish(self, *, status: str = "done", **summary: Any) -> None:
+        """Write the summary into `run.json`."""
+        self._document["status"] = status
+        self._document["seconds"] = round(time.monotonic() - self._started, 3)
+        self._document["summary"] = {key: _plain(value) for key, value in summary.items()}
+        write_json(self.folder / RUN_FILE, self._document)
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the document of `run.json`.
+
+    Raises:
+        RunError: there is none, or it is not JSON.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"no run in {str(folder)!r}: {RUN_FILE} is not there") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{str(path)!r} must hold an object, got {type(document).__name__}")
+    return document
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the records of `metrics.jsonl`; a last line that was cut off is left out."""
+    path = Path(folder) / METRICS_FILE
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no line end after it: the writer was stopped
+                return
+            raise RunError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error

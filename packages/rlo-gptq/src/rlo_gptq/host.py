@@ -1,0 +1,12 @@
+"""What `rlo` knows of this host."""
+
+from __future__ import annotations
+
+from rlo_core.hosts import Host
+
+HOST = Host(
+    name="gptq",
+    summary="quantize language models at 2, 3, 4 and 8 bits; evaluate, inspect, export",
+    command="rlo_gptq.cli:main",
+    requires={"transformers": ">=5.0", "safetensors": ">=0.4.5"},
+)

@@ -1,0 +1,12 @@
+"""What `rlo` knows of this host."""
+
+from __future__ import annotations
+
+from rlo_core.hosts import Host
+
+HOST = Host(
+    name="hf",
+    summary="rooted losses in Hugging Face's Trainer and TRL, and a finetuning command",
+    command="rlo_hf.cli:main",
+    requires={"transformers": ">=5.0", "accelerate": ">=1.1"},
+)

@@ -1,0 +1,3 @@
+"""rlo-stylegan."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,17 @@
+"""What `rlo` knows of this host."""
+
+from __future__ import annotations
+
+from rlo_core.hosts import Host
+
+HOST = Host(
+    name="timm",
+    summary="`timm train.py --loss rlo` on the unmodified script, and a built-in trainer",
+    command="rlo_timm.cli:main",
+    requires={
+        "timm": ">=1.0.12",
+        "lightning": ">=2.4",
+        "torchmetrics": ">=1.4",
+        "torchvision": ">=0.21",
+    },
+)
