@@ -1,4 +1,5 @@
-"""What every benchmark shares: candidates timed in one run, interleaved and shuffled, JSON lines out.
+"""What every benchmark shares: candidates timed in one run, interleaved and shuffled, JSON lines
+out.
 
 `python benchmarks/bench_X.py` runs with this folder on sys.path, so `from harness import compare`.
 """
@@ -84,7 +85,7 @@ def peak_memory(code: str) -> int:
 
 
 def write_results(benchmark: str, records: list[dict[str, Any]]) -> Path:
-    """Replace `results/BENCHMARK.jsonl`: a first line with machine and versions, then the records."""
+    """Replace `results/BENCHMARK.jsonl`: a line with machine and versions, then the records."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{benchmark}.jsonl"
     header = {

@@ -1,4 +1,4 @@
-"""Write constraints/dev.txt and constraints/dev-py310.txt: plain `name==version` lines, no addresses."""
+"""Write constraints/dev.txt and dev-py310.txt: plain `name==version` lines, no addresses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def resolve(python: str) -> list[str]:
         for package in ("rlo-core", "rlo-timm", "rlo-hf", "rlo-gptq", "rlo-stylegan")
     ]
     command = [
-        str(Path(sys.executable).parent / "uv"), "pip", "compile", "--quiet", "--python-version", python,
-        "--python-platform", "x86_64-manylinux_2_28", "--all-extras",
+        str(Path(sys.executable).parent / "uv"), "pip", "compile", "--quiet", "--python-version",
+        python, "--python-platform", "x86_64-manylinux_2_28", "--all-extras",
         "--group", f"{ROOT / 'pyproject.toml'}:dev",
-        "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", *requirements,
+        "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links",
+        *requirements,
     ]  # fmt: skip
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     pins = [line for line in output.splitlines() if re.fullmatch(r"[\w.\-]+==[\w.\-+!]+", line)]

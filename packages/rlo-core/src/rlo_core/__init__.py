@@ -1,4 +1,5 @@
-"""Rooted logistic objectives: one loss family, from DFT through cross entropy to the convex rooted loss.
+"""Rooted logistic objectives: one loss family, from DFT through cross entropy to the convex rooted
+loss.
 
 Names are imported when they are first used, so that `import rlo_core` loads no torch.
 """

@@ -46,7 +46,7 @@ def check_classes(
     label_smoothing: float,
     reduction: str,
 ) -> None:
-    """Check the arguments of a classification loss against the contract of torch's cross entropy."""
+    """Check the arguments of a classification loss by the contract of torch's cross entropy."""
     check_reduction(reduction)
     check_smoothing(label_smoothing)
     if not logits.is_floating_point():

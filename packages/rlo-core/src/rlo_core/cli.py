@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from rlo_core.hosts import host_entries, load_host
 
 
 class FriendlyGroup(click.Group):
-    """A click group that prints a known failure as one line and exits with 1, and 130 when interrupted.
+    """A click group that prints a known failure as one line and exits with 1; interrupted, 130.
 
     Host packages build their command on it, so that all of them fail alike.
     """
@@ -31,7 +32,7 @@ class FriendlyGroup(click.Group):
 
 
 class HostGroup(FriendlyGroup):
-    """`rlo` itself: its own commands, and one for each installed host, imported when it is called."""
+    """`rlo` itself: its own commands, and each installed host's, imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *host_entries()})
@@ -95,6 +96,51 @@ def losses(as_json: bool) -> None:
             (row["name"], row["package"], row.get("formula", row.get("error", "")), options)
         )
     click.echo(format_table(table))
+
+
+@main.command()
+@click.argument(
+    "folders",
+    metavar="RUN...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page to write.  [default: RUN/report.html, or report.html here for several runs]",
+)
+@click.option("--title", help="The heading of the page.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def report(folders: tuple[Path, ...], out: Path | None, title: str | None, as_json: bool) -> None:
+    """Render runs, each a folder with run.json and metrics.jsonl, as one page."""
+    from rlo_core.report import write_report
+
+    target = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    write_report(folders, target, title=title)
+    click.echo(json.dumps({"report": str(target)}) if as_json else f"wrote {target}")
+
+
+@main.command()
+@click.argument("parts", metavar="[PART]...", nargs=-1)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="The folder for the run, the pictures and report.html.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def demo(parts: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Train, compare and quantize on data that comes with the dependencies."""
+    from rlo_core.demo import run_demo
+
+    summaries = run_demo(out, parts=parts)
+    if as_json:
+        click.echo(json.dumps({"folder": str(out), "parts": summaries}, indent=2, default=str))
+    else:
+        click.echo(f"wrote {out / 'report.html'}")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,9 @@
 """The losses as functions: per-sample cross entropy, then a link, then a reduction.
 
-Semantics are those of `torch.nn.functional.cross_entropy` throughout: the same shapes, targets, class
-weights, `ignore_index`, label smoothing and reductions. Half-precision logits are computed in float32.
-NaN logits give a NaN loss. Everything here is differentiable twice, works under `torch.func` and
-compiles without a graph break.
+Semantics are those of `torch.nn.functional.cross_entropy` throughout: the same shapes, targets,
+class weights, `ignore_index`, label smoothing and reductions. Half-precision logits are computed in
+float32. NaN logits give a NaN loss. Everything here is differentiable twice, works under
+`torch.func` and compiles without a graph break.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _ApplyLink(torch.autograd.Function):
 
 
 def apply_link(ce: Tensor, link: Link) -> Tensor:
-    """Return `link.value(ce)`, differentiated by `link.slope`; half precision is computed in float32.
+    """Return `link.value(ce)`, differentiated by `link.slope`, computed in float32 or wider.
 
     Args:
         ce: Per-sample cross entropy, any shape, nats, >= 0.
@@ -69,8 +69,8 @@ def apply_link(ce: Tensor, link: Link) -> Tensor:
 class _HalfCrossEntropy(torch.autograd.Function):
     """Per-sample cross entropy of half-precision logits (classes last), computed in float32.
 
-    Keeps the logits as they are instead of float32 log-probabilities: the peak is no higher than that
-    of torch's own half-precision cross entropy, and the value keeps float32's digits.
+    Keeps the logits as they are instead of float32 log-probabilities: the peak is no higher than
+    that of torch's own half-precision cross entropy, and the value keeps float32's digits.
     """
 
     generate_vmap_rule = True
@@ -107,24 +107,25 @@ def link_cross_entropy(
 ) -> Tensor:
     r"""Link of the cross entropy, :math:`\sum_c q_c\, w_c\, \text{link}(-\log p_c)`.
 
-    With an index target q is one-hot and this is :math:`w_y\,\text{link}(ce)`. Linear in q, as cross
-    entropy is, so label smoothing and mixup are expectations of the hard-target loss.
+    With an index target q is one-hot and this is :math:`w_y\,\text{link}(ce)`. Linear in q, as
+    cross entropy is, so label smoothing and mixup are expectations of the hard-target loss.
 
     Args:
-        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK). Half precision is computed in float32; the
-            gradient is cast back at the end, where float16 may overflow for the convex link.
-        target: int64 (or uint8) class indices, (), (N) or (N, d1, ..., dK), each in [0, C) or equal to
-            `ignore_index`; or class probabilities, floating, the shape of `logits`.
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK). Half precision is computed in float32;
+            the gradient is cast back at the end, where float16 may overflow for the convex link.
+        target: int64 (or uint8) class indices, (), (N) or (N, d1, ..., dK), each in [0, C) or equal
+            to `ignore_index`; or class probabilities, floating, the shape of `logits`.
         link: The map from cross entropy to loss.
-        weight: Class weights, (C), multiplying the link's value; `mean` divides by their sum over the
-            kept targets (by N for probability targets).
-        ignore_index: Index targets with this value give 0 and are not counted. Not for probabilities.
+        weight: Class weights, (C), multiplying the link's value; `mean` divides by their sum over
+            the kept targets (by N for probability targets).
+        ignore_index: Index targets with this value give 0 and are not counted. Not for
+            probabilities.
         label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        A scalar, or for "none" the shape of an index target. float32 for half-precision logits. The mean
-        over no kept target is NaN, as in torch.
+        A scalar, or for "none" the shape of an index target. float32 for half-precision logits. The
+        mean over no kept target is NaN, as in torch.
 
     Raises:
         ValueError, TypeError, IndexError: on the wrong shape, dtype, device, option or label; each
@@ -220,11 +221,11 @@ def link_binary_cross_entropy(
     pos_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Each logit a two-class problem: :math:`t\,w_+\text{link}(sp(-x)) + (1-t)\,\text{link}(sp(x))`.
+    r"""Each logit a two-class problem, :math:`t\,w_+ link(sp(-x)) + (1-t)\,link(sp(x))`.
 
-    :math:`sp` is softplus, so a target of 1 gives link(-log sigmoid(x)). Linear in a fractional target.
-    For multi-label classification, and for GANs: `RootedConvex` of softplus(-logit). Semantics of
-    `torch.nn.functional.binary_cross_entropy_with_logits`.
+    :math:`sp` is softplus, so a target of 1 gives link(-log sigmoid(x)). Linear in a fractional
+    target. For multi-label classification, and for GANs: `RootedConvex` of softplus(-logit).
+    Semantics of `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Args:
         logits: Floating, any shape.
@@ -267,7 +268,7 @@ def rooted_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Bounded rooted logistic loss, :math:`m\,(1 - p_y^{1/k})`: the **released** form, named `rlo`.
+    r"""Bounded rooted logistic loss, :math:`m\,(1 - p_y^{1/k})`: `rlo`, the **released** form.
 
     The authors' training and LLM code computes this one. It is bounded by m and not convex; the
     paper's equation, to which its convexity lemmas apply, is `rooted_convex_loss`.
@@ -314,9 +315,9 @@ def rooted_convex_loss(
 ) -> Tensor:
     r"""Convex rooted logistic loss, :math:`m\,(p_y^{-1/k} - 1)`: the paper's equation less m.
 
-    Convex in the logits for every k > 0, unbounded, and its gradient grows with the miss: hard samples,
-    mislabelled ones too, count for more. Args, Returns and Raises as `rooted_loss`; beyond ce/k = 40 it
-    goes on as its tangent so that float32 stays finite.
+    Convex in the logits for every k > 0, unbounded, and its gradient grows with the miss: hard
+    samples, mislabelled ones too, count for more. Args, Returns and Raises as `rooted_loss`; beyond
+    ce/k = 40 it goes on as its tangent so that float32 stays finite.
 
     Source: Wang et al., AISTATS 2025, the definition of RLO; `k=2` in the authors' GAN code.
     """

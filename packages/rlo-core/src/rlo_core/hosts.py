@@ -1,7 +1,7 @@
 """Host adapters: how a package that opens a host presents itself to `rlo`.
 
-A host package has one entry point in the group `rlo_core.hosts`, named as the host and pointing at a
-`Host`. The module that holds it imports neither torch nor the host, so that `rlo --help` and
+A host package has one entry point in the group `rlo_core.hosts`, named as the host and pointing at
+a `Host`. The module that holds it imports neither torch nor the host, so that `rlo --help` and
 `rlo doctor` stay quick.
 """
 
@@ -28,7 +28,8 @@ class Host:
         name: The word after `rlo`, e.g. "timm".
         summary: One line for `rlo --help`.
         command: Where its click command is, "package.module:attribute"; imported when it is used.
-        requires: Distributions that the host needs, with the supported range as a PEP 440 specifier.
+        requires: Distributions that the host needs, with the supported range as a PEP 440
+            specifier.
         optional: The same for distributions that only some of its features need.
     """
 

@@ -1,7 +1,7 @@
 r"""Links: every loss of the family is a function of one number per sample, its cross entropy.
 
-With logits :math:`z`, target :math:`y` and :math:`ce = \log\sum_c e^{z_c} - z_y = -\log p_y`, each loss
-is :math:`\text{link}(ce)`, and its gradient is that of cross entropy scaled by
+With logits :math:`z`, target :math:`y` and :math:`ce = \log\sum_c e^{z_c} - z_y = -\log p_y`, each
+loss is :math:`\text{link}(ce)`, and its gradient is that of cross entropy scaled by
 :math:`\text{link}'(ce)`. So whatever can compute per-sample cross entropy can train all of them.
 
 A link computes in the dtype that it is given. Callers pass float32 or wider: half precision has too
@@ -26,8 +26,8 @@ square that is finite in float32, so Adam's second moment does not overflow eith
 class Link(ABC):
     """A differentiable, increasing map from per-sample cross entropy to loss, zero at zero.
 
-    Subclass it with `value` and `slope` to get every door of the suite: all reductions, soft targets,
-    binary and fused linear losses.
+    Subclass it with `value` and `slope` to get every door of the suite: all reductions, soft
+    targets, binary and fused linear losses.
     """
 
     @abstractmethod
@@ -97,10 +97,12 @@ class _Root(Link):
 
 @dataclass(frozen=True)
 class Rooted(_Root):
-    r"""Bounded rooted link :math:`m(1 - e^{-ce/k}) = m(1 - p_y^{1/k})`, slope :math:`(m/k)e^{-ce/k}`.
+    r"""Bounded rooted link :math:`m(1 - e^{-ce/k}) = m(1 - p_y^{1/k})`.
 
+    Its slope is :math:`(m/k)e^{-ce/k}`.
     What the authors' released training and LLM code computes. In [0, m], not convex in the logits;
-    samples that are already lost count for less. k=1 has the gradient of DFT, k=inf is cross entropy.
+    samples that are already lost count for less. k=1 has the gradient of DFT, k=inf is cross
+    entropy.
     """
 
     def value(self, ce: Tensor) -> Tensor:
@@ -116,9 +118,10 @@ class Rooted(_Root):
 class RootedConvex(_Root):
     r"""Convex rooted link :math:`m(e^{ce/k} - 1) = m(p_y^{-1/k} - 1)`, slope :math:`(m/k)e^{ce/k}`.
 
-    The paper's equation (2) up to the constant m, and what the authors' GAN code computes. Convex in
-    the logits for every k; hard samples count for more. Beyond ce/k = 40 (`CONVEX_LINEAR_FROM`) it
-    goes on as its tangent, and the value is held at the largest finite number of its dtype.
+    The paper's equation (2) up to the constant m, and what the authors' GAN code computes. Convex
+    in the logits for every k; hard samples count for more. Beyond ce/k = 40
+    (`CONVEX_LINEAR_FROM`) it goes on as its tangent, and the value is held at the largest finite
+    number of its dtype.
     """
 
     def value(self, ce: Tensor) -> Tensor:
@@ -135,7 +138,9 @@ class RootedConvex(_Root):
 
 @dataclass(frozen=True)
 class Focal(Link):
-    r"""Focal link :math:`\alpha(1-p_y)^\gamma ce`, defaults the authors' :math:`\alpha=0.25, \gamma=3`.
+    r"""Focal link :math:`\alpha(1-p_y)^\gamma ce`.
+
+    The defaults, alpha = 0.25 and gamma = 3, are those of the RLO authors' baseline.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. (5).
     """
@@ -163,7 +168,9 @@ class Focal(Link):
 
 @dataclass(frozen=True)
 class GCE(Link):
-    r"""Generalised cross entropy :math:`(1-p_y^q)/q`, slope :math:`p_y^q`; `Rooted` with k = m = 1/q.
+    r"""Generalised cross entropy :math:`(1-p_y^q)/q`, slope :math:`p_y^q`.
+
+    It is `Rooted` with k = m = 1/q.
 
     Source: Zhang and Sabuncu, "Generalized Cross Entropy Loss", 2018, eq. (6).
     """
@@ -183,10 +190,12 @@ class GCE(Link):
 
 @dataclass(frozen=True)
 class DFT(Link):
-    r"""Dynamic fine-tuning: value :math:`p_y\,ce`, slope :math:`p_y` (p is a constant to the gradient).
+    r"""Dynamic fine-tuning: value :math:`p_y\,ce`, slope :math:`p_y`.
 
-    Source: Wu et al., "On the Generalization of SFT", 2025, eq. (9). Its gradient is that of `Rooted`
-    with k = m = 1.
+    The probability in front is a constant to the gradient: that is the definition.
+
+    Source: Wu et al., "On the Generalization of SFT", 2025, eq. (9). Its gradient is that of
+    `Rooted` with k = m = 1.
     """
 
     def value(self, ce: Tensor) -> Tensor:

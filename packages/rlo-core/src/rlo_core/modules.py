@@ -1,7 +1,7 @@
 """The losses as `nn.Module` criteria, each a drop-in for `nn.CrossEntropyLoss`.
 
-The options of a criterion (`k`, `m`, `gamma`, ...) are plain attributes: read them, set them, schedule
-them. They travel in the state dict and through pickle.
+The options of a criterion (`k`, `m`, `gamma`, ...) are plain attributes: read them, set them,
+schedule them. They travel in the state dict and through pickle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rlo_core.schedules import Schedule
 
 
 class LinkLoss(nn.Module):
-    """Any link as a criterion, `loss(logits, target)`; see `rlo_core.functional.link_cross_entropy`.
+    """Any link as a criterion, `loss(logits, target)`; see
+    `rlo_core.functional.link_cross_entropy`.
 
     Args:
         link: The map from cross entropy to loss.
@@ -193,7 +194,8 @@ class RootedLoss(_RootLoss):
 
 
 class RootedConvexLoss(_RootLoss):
-    r"""Convex rooted loss :math:`m(p^{-1/k}-1)`: the **paper's** equation; see `rooted_convex_loss`.
+    r"""Convex rooted loss :math:`m(p^{-1/k}-1)`: the **paper's** equation; see
+    `rooted_convex_loss`.
 
     Args as `RootedLoss`.
     """

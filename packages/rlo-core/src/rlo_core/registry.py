@@ -1,10 +1,10 @@
 """From a spec string to a criterion, through entry points.
 
-`NAME` or `NAME:option=value,option=value` is the one form in which a loss is named: in a flag, in YAML,
-in Python, in a saved run and in a message. A package adds a loss with an entry point in the group
-`rlo_core.losses` that names a factory: a callable with explicit keyword options that returns a module
-called `loss(logits, target)`. Listing reads package metadata only; a name is imported when it is asked
-for, alone.
+`NAME` or `NAME:option=value,option=value` is the one form in which a loss is named: in a flag, in
+YAML, in Python, in a saved run and in a message. A package adds a loss with an entry point in the
+group `rlo_core.losses` that names a factory: a callable with explicit keyword options that returns
+a module called `loss(logits, target)`. Listing reads package metadata only; a name is imported when
+it is asked for, alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LossSpec:
         return f"{self.name}:{inside}" if inside else self.name
 
     def with_options(self, **options: object) -> LossSpec:
-        """Return the spec with options added; one that is already there with another value is an error."""
+        """Return the spec with options added; one already there with another value is an error."""
         merged = dict(self.options)
         for key, value in options.items():
             text = f"{value:g}" if isinstance(value, float) else str(value)
@@ -132,8 +132,8 @@ def load_factory(name: str) -> Callable[..., nn.Module]:
         ) from error
     if not callable(factory):
         raise PluginError(
-            f"loss {name!r} from {package_of(entries[0])} must be a callable that returns a module, "
-            f"got {type(factory).__name__}"
+            f"loss {name!r} from {package_of(entries[0])} must be a callable that returns a "
+            f"module, got {type(factory).__name__}"
         )
     return typing.cast("Callable[..., nn.Module]", factory)
 
@@ -178,7 +178,8 @@ def _convert(spec: LossSpec, key: str, text: str, annotation: Any) -> Value:
         return text
     wanted = " or ".join("a number" if t in (int, float) else t.__name__.lower() for t in types)
     raise SpecError(
-        f"option {key!r} of loss {spec.name!r} must be {wanted.replace('nonetype', 'none')}, got {text!r}"
+        f"option {key!r} of loss {spec.name!r} must be {wanted.replace('nonetype', 'none')}, "
+        f"got {text!r}"
     )
 
 

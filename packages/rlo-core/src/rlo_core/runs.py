@@ -47,7 +47,7 @@ def versions(names: Sequence[str] = _VERSIONED) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a number depends on: processor, cores, accelerator. Imports torch only if it is loaded."""
+    """Return what a number depends on: processor, cores, accelerator; imports no torch."""
     import sys
 
     described: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count()}
@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON has it: a scalar tensor as a number, a float that is not finite as text."""
+    """Return `value` as JSON has it: a scalar tensor as a number, nan and inf as text."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -130,11 +130,10 @@ class Run:
         return run
 
     def log(self, **record: Any) -> None:
-        """Append one line to `metrics.jsonl`: numbers and strings, e.g. `epoch=3, split="val", ce=0.41`."""
+        """Append one line of numbers and strings, e.g. `epoch=3, split="val", ce=0.41`."""
         line = json.dumps({key: _plain(value) for key, value in record.items()}, default=str) + "\n"
-        with (self.folder / METRICS_FILE).open(
-            "ab"
-        ) as handle:  # one write: a line is whole or absent
+        # One write: a line is whole or absent.
+        with (self.folder / METRICS_FILE).open("ab") as handle:
             handle.write(line.encode("utf-8"))
 
     def finish(self, *, status: str = "done", **summary: Any) -> None:

@@ -1,8 +1,8 @@
 r"""`k` and `m` as functions of progress: a run can start as cross entropy and end as a rooted loss.
 
 A schedule moves the two numbers in which both rooted links are smooth at k = inf: the rate
-:math:`r = 1/k` (0 is cross entropy) and the scale :math:`s = m/k` (the slope at ce = 0). Hosts make one
-call a step, `set_progress(criterion, step / steps)`.
+:math:`r = 1/k` (0 is cross entropy) and the scale :math:`s = m/k` (the slope at ce = 0). Hosts make
+one call a step, `set_progress(criterion, step / steps)`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Schedule:
             raise ValueError("k_start must be finite for a geometric schedule, got inf")
 
     def at(self, progress: float, *, k: float, m: float | None) -> tuple[float, float | None]:
-        """Return the (k, m) in force at `progress` in [0, 1] for a loss whose own are `k` and `m`."""
+        """Return the (k, m) in force at `progress` in [0, 1] for a loss that ends at `k`, `m`."""
         if not 0.0 <= progress <= 1.0 + 1e-6:
             raise ValueError(f"progress must be in [0, 1], got {progress}")
         if progress >= self.warmup:
