@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rlo_gptq.formats.bitstream import pack_rows, unpack_rows
+from rlo_gptq.formats.gptq import FormatError, GridLayer, pack_layer, unpack_layer
+
+
+def stream_by_hand(column: list[int], bits: int) -> list[int]:
+    """The definition, in Python's own big integers."""
+    whole = sum(code << (i * bits) for i, code in enumerate(column))
+    words = [(whole >> (32 * i)) & 0xFFFFFFFF for i in range(len(column) * bits // 32)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def layer(bits: int, zero: float | None = None, group_size: int = 32) -> GridLayer:
+    codes = torch.randint(0, 1 << bits, (64, 96), dtype=torch.uint8)
+    groups = 96 // group_size
+    zeros = (
+        torch.randint(0, 1 << bits, (64, groups)).float()
+        if zero is None
+        else torch.full((64, groups), zero)
+    )
+    scales = (torch.rand(64, groups) + 0.01).half().float()
+    return GridLayer(codes, scales, zeros, torch.arange(96) // group_size, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_words_equal_the_stream_computed_with_big_integers(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (64, 3))
+    expected = np.array([stream_by_hand(codes[:, c].tolist(), bits) for c in range(3)]).T
+    assert pack_rows(codes, bits).numpy().tolist() == expected.tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
+def test_unpacking_undoes_packing(bits: int, blocks: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (32 * blocks, columns), dtype=torch.uint8)
+    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 32 * blocks), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_layer_survives_version_2_with_any_zero(bits: int) -> None:
+    before = layer(bits)
+    after = unpack_layer(
+        "x", pack_layer("x", before, "gptq_v2"), bits=bits, checkpoint_format="gptq_v2"
+    )
+    assert torch.equal(after.dequantize(), before.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_symmetric_layer_survives_version_1(bits: int) -> None:
+    before = layer(bits, zero=1 << (bits - 1))
+    tensors = pack_layer("x", before, "gptq")
+    assert torch.equal(
+        unpack_layer("x", tensors, bits=bits, checkpoint_format="gptq").dequantize(),
+        before.dequantize(),
+    )
+
+
+def test_version_1_refuses_the_zeros_that_readers_misread() -> None:
+    with pytest.raises(
+        FormatError, match="must have zeros of 2, got \\[0, 0\\], which readers misread"
+    ):
+        pack_layer("model.layers.0.mlp.up_proj", layer(2, zero=0.0), "gptq")
+
+
+def test_a_half_integer_zero_is_refused_with_the_way_out() -> None:
+    with pytest.raises(
+        FormatError, match="'x': the GPTQ format needs integer zeros, got 1.5; quantize with"
+    ):
+        pack_layer("x", layer(2, zero=1.5), "gptq_v2")
+
+
+def test_a_width_that_ends_inside_a_word_is_refused() -> None:
+    odd = GridLayer(
+        torch.zeros(64, 172, dtype=torch.uint8),
+        torch.ones(64, 1),
+        torch.full((64, 1), 8.0),
+        torch.zeros(172, dtype=torch.int64),
+        4,
+    )
+    with pytest.raises(FormatError, match="its input width must be a multiple of 32 .* got 172"):
+        pack_layer("down_proj", odd, "gptq")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("qweight", lambda t: t[:, :-1], "x.qweight must have 64 columns as scales has, got 63"),
+        ("qzeros", lambda t: t[:-1], "x.qzeros must have 3 rows as scales has, got 2"),
+        ("g_idx", lambda t: t + 3, r"x.g_idx must be in \[0, 3\), got \[3, 5\]"),
+        ("g_idx", lambda t: t[:-1], r"x.g_idx must be integer of shape \(96,\)"),
+        ("scales", lambda t: t * float("nan"), "x.scales must be finite floating point"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(key, change, message) -> None:
+    tensors = pack_layer("x", layer(4), "gptq_v2")
+    tensors[key] = change(tensors[key])
+    with pytest.raises(FormatError, match=message):
+        unpack_layer("x", tensors, bits=4, checkpoint_format="gptq_v2")
