@@ -14,18 +14,6 @@ def stream_by_hand(column: list[int], bits: int) -> list[int]:
     return [word - (1 << 32) if word >> 31 else word for word in words]
 
 
-def layer(bits: int, zero: float | None = None, group_size: int = 32) -> GridLayer:
-    codes = torch.randint(0, 1 << bits, (64, 96), dtype=torch.uint8)
-    groups = 96 // group_size
-    zeros = (
-        torch.randint(0, 1 << bits, (64, groups)).float()
-        if zero is None
-        else torch.full((64, groups), zero)
-    )
-    scales = (torch.rand(64, groups) + 0.01).half().float()
-    return GridLayer(codes, scales, zeros, torch.arange(96) // group_size, bits)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packed_words_equal_the_stream_computed_with_big_integers(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (64, 3))
@@ -42,8 +30,8 @@ def test_unpacking_undoes_packing(bits: int, blocks: int, columns: int, seed: in
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_layer_survives_version_2_with_any_zero(bits: int) -> None:
-    before = layer(bits)
+def test_a_layer_survives_version_2_with_any_zero(make_layer, bits: int) -> None:
+    before = make_layer(bits)
     after = unpack_layer(
         "x", pack_layer("x", before, "gptq_v2"), bits=bits, checkpoint_format="gptq_v2"
     )
@@ -51,8 +39,8 @@ def test_a_layer_survives_version_2_with_any_zero(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_symmetric_layer_survives_version_1(bits: int) -> None:
-    before = layer(bits, zero=1 << (bits - 1))
+def test_a_symmetric_layer_survives_version_1(make_layer, bits: int) -> None:
+    before = make_layer(bits, zero=1 << (bits - 1))
     tensors = pack_layer("x", before, "gptq")
     assert torch.equal(
         unpack_layer("x", tensors, bits=bits, checkpoint_format="gptq").dequantize(),
@@ -60,18 +48,18 @@ def test_a_symmetric_layer_survives_version_1(bits: int) -> None:
     )
 
 
-def test_version_1_refuses_the_zeros_that_readers_misread() -> None:
+def test_version_1_refuses_the_zeros_that_readers_misread(make_layer) -> None:
     with pytest.raises(
         FormatError, match="must have zeros of 2, got \\[0, 0\\], which readers misread"
     ):
-        pack_layer("model.layers.0.mlp.up_proj", layer(2, zero=0.0), "gptq")
+        pack_layer("model.layers.0.mlp.up_proj", make_layer(2, zero=0.0), "gptq")
 
 
-def test_a_half_integer_zero_is_refused_with_the_way_out() -> None:
+def test_a_half_integer_zero_is_refused_with_the_way_out(make_layer) -> None:
     with pytest.raises(
         FormatError, match="'x': the GPTQ format needs integer zeros, got 1.5; quantize with"
     ):
-        pack_layer("x", layer(2, zero=1.5), "gptq_v2")
+        pack_layer("x", make_layer(2, zero=1.5), "gptq_v2")
 
 
 def test_a_width_that_ends_inside_a_word_is_refused() -> None:
@@ -96,8 +84,8 @@ def test_a_width_that_ends_inside_a_word_is_refused() -> None:
         ("scales", lambda t: t * float("nan"), "x.scales must be finite floating point"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(key, change, message) -> None:
-    tensors = pack_layer("x", layer(4), "gptq_v2")
+def test_tensors_that_do_not_fit_are_refused_by_name(make_layer, key, change, message) -> None:
+    tensors = pack_layer("x", make_layer(4), "gptq_v2")
     tensors[key] = change(tensors[key])
     with pytest.raises(FormatError, match=message):
         unpack_layer("x", tensors, bits=4, checkpoint_format="gptq_v2")
