@@ -1,0 +1,1 @@
+"""Rounding algorithms, each a pure function of tensors."""

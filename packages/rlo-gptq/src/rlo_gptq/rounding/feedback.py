@@ -1,0 +1,112 @@
+r"""Rounding with triangular feedback: GPTQ and LDLQ, which are one algorithm.
+
+With :math:`H = (I + N) D (I + N)^T`, N strictly upper triangular in the order of visiting, the loss
+is :math:`\sum_j D_j \| x_j - q_j \|^2` for :math:`x_j = w_j + \sum_{i<j} (w_i - q_i) N_{ij}`: so
+rounding :math:`x_j` to the nearest is the best that can be done column by column. GPTQ writes the
+same numbers through the Cholesky factor of :math:`H^{-1}`; this form needs no inverse.
+
+Source: QuIP (2307.13304), section 3; GPTQ (2210.17323), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlo_gptq.grids import Grid
+
+# Columns rounded between two matrix products inside a block. A rank-1 update of 16 rows costs as
+# much as one operator call, so that the loop over columns is bound by calls, not by memory.
+TILE = 16
+
+
+@dataclass
+class Factor:
+    """The factor of a Hessian in the order of visiting.
+
+    Args:
+        feedback: N^T, strictly lower triangular, (d, d).
+        diagonal: D, (d,).
+    """
+
+    feedback: Tensor
+    diagonal: Tensor
+
+
+def factor(hessian: Tensor) -> Factor:
+    """Factor H (d, d), in the order of visiting; float64 is tried where float32 is too coarse.
+
+    Raises:
+        ValueError: H is not positive definite even with 1 % more damping in float64.
+    """
+    flipped = hessian.flip(0, 1)
+    for dtype, extra in ((hessian.dtype, 0.0), (torch.float64, 0.0), (torch.float64, 0.01)):
+        matrix = flipped.to(dtype)
+        if extra:
+            matrix = matrix + extra * matrix.diagonal().mean() * torch.eye(
+                len(matrix), dtype=dtype, device=matrix.device
+            )
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if info == 0:
+            break
+    else:
+        raise ValueError("the Hessian must be positive semi-definite, got an indefinite one")
+    upper = lower.flip(0, 1)  # H = upper @ upper.T
+    diagonal = upper.diagonal().clone()
+    feedback = (upper / diagonal).T.to(hessian.dtype).contiguous()
+    feedback.diagonal().zero_()
+    return Factor(feedback, diagonal.square().to(hessian.dtype))
+
+
+def round_with_feedback(
+    weight: Tensor,
+    feedback: Tensor,
+    grid: Grid,
+    order: Tensor,
+    *,
+    block_size: int = 128,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Round the columns in order, each after the feedback of the errors made so far.
+
+    Inside a block, tiles of 16 columns are rounded one by one; what a tile or a block passes on is
+    one matrix product.
+
+    Args:
+        weight: (d, m), transposed, rows already in the order of visiting.
+        feedback: N^T (d, d) in the order of visiting.
+        grid: where to round to; asked for columns by their own number.
+        order: (d,) the number of each visited column.
+        block_size: columns per outer block.
+        noise: (d, m) added before rounding to nearest; in [-1/2, 1/2) codes it makes rounding
+            stochastic and unbiased.
+
+    Returns:
+        Codes (d, m) and targets x (d, m), both in the order of visiting.
+    """
+    d = weight.shape[0]
+    columns = order.tolist()
+    codes = torch.empty_like(weight)
+    targets = weight.clone()
+    errors = torch.empty_like(weight)
+    value = torch.empty_like(weight[0])
+    for start in range(0, d, block_size):
+        stop = min(start + block_size, d)
+        if start:
+            targets[start:stop].addmm_(feedback[start:stop, :start], errors[:start])
+        for low in range(start, stop, TILE):
+            high = min(low + TILE, stop)
+            if low > start:
+                targets[low:high].addmm_(feedback[low:high, start:low], errors[start:low])
+            for j in range(low, high):
+                target = targets[j]
+                if noise is None:
+                    grid.round_column(target, columns[j], codes[j], value)
+                else:
+                    grid.round_column(target + noise[j], columns[j], codes[j], value)
+                torch.sub(weight[j], value, out=errors[j])
+                if j + 1 < high:
+                    targets[j + 1 : high].addr_(feedback[j + 1 : high, j], errors[j])
+    return codes, targets
