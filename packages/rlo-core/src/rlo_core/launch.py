@@ -1,13 +1,14 @@
-"""Run a user's script as `__main__`, with its syntax tree changed in memory and its file left alone.
+"""Run a user's script as `__main__`, its syntax tree changed in memory and its file left alone.
 
-For hosts whose training script lives with the user. `run_script("train.py", argv, transform=f)` does
-what `python train.py ...` does, except that `f` may edit the tree first. The code is compiled under the
-real path and injected statements take the line of a neighbour, so tracebacks, `inspect`, breakpoints
-and `torch.compile` point at the user's own lines.
+For hosts whose training script lives with the user. `run_script("train.py", argv, transform=f)`
+does what `python train.py ...` does, except that `f` may edit the tree first. The code is compiled
+under the real path and injected statements take the line of a neighbour, so tracebacks, `inspect`,
+breakpoints and `torch.compile` point at the user's own lines.
 
-Nothing is imported or patched on the script's behalf: what a transform injects is ordinary code, best an
-`import` of the host package. Processes that the script spawns (data workers) load the file as it is on
-disk, under Python's own rules for `__mp_main__`; the edited code is that of this process only.
+Nothing is imported or patched on the script's behalf: what a transform injects is ordinary code,
+best an `import` of the host package. Processes that the script spawns (data workers) load the file
+as it is on disk, under Python's own rules for `__mp_main__`; the edited code is that of this
+process only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from types import CodeType, ModuleType, TracebackType
 from rlo_core.errors import RLOError
 
 Transform = Callable[[ast.Module], ast.Module]
-"""Edits a tree in place or returns another one; raises `ScriptError` where the shape is not known."""
+"""Edits a tree in place or returns another one; raises `ScriptError` for an unknown shape."""
 
 
 class ScriptError(RLOError):
@@ -145,8 +146,8 @@ def run_script(
     """Run a script as `python PATH ARGV...` would, with its tree edited by `transform`.
 
     The script is `__main__` while it runs, with its own folder first on `sys.path`. `SystemExit`,
-    `KeyboardInterrupt` and known failures (`RLOError`) come through. Any other exception is reported by
-    `sys.excepthook` with the launcher's frames left out, and becomes `SystemExit(1)`.
+    `KeyboardInterrupt` and known failures (`RLOError`) come through. Any other exception is
+    reported by `sys.excepthook`, without the launcher's frames, and becomes `SystemExit(1)`.
 
     Args:
         path: The script.
