@@ -94,6 +94,8 @@ __all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "linear_model":  # needs the extra rlo-core[sklearn]
+        return importlib.import_module("rlo_core.linear_model")
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'rlo_core' has no attribute {name!r}")
