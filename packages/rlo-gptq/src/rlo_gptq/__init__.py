@@ -1,3 +1,37 @@
-"""rlo-gptq."""
+"""A QuIP/GPTQ quantizer with real packed checkpoints.
+
+Importing this package is cheap and registers the checkpoint format: at once if transformers'
+quantizers are imported already, else at the moment they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlo_gptq.registration import register_when_needed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+register_when_needed()
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a quantized model; see `rlo_gptq.checkpoint.load`."""
+    from rlo_gptq.checkpoint import load as load_checkpoint
+
+    return load_checkpoint(
+        folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )

@@ -1,0 +1,468 @@
+"""From a model and a text to a packed checkpoint: one block at a time, each finished block on
+disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rlo_core.errors import RLOError
+from rlo_core.text import load_text
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from rlo_gptq.calibrate import (
+    Activations,
+    BlockCall,
+    check_same_calls,
+    collect_hessians,
+    input_groups,
+    record_inputs,
+    sample_sequences,
+    token_ids,
+)
+from rlo_gptq.experts import SplitExperts
+from rlo_gptq.layer import quantize_layer
+from rlo_gptq.models import Layout, split_all_experts
+from rlo_gptq.plan import Plan, discover
+from rlo_gptq.processes import Processes
+from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.settings import LayerSettings
+from rlo_gptq.source import ModelSource, find_model, release, require_filled
+from rlo_gptq.work import WorkFolder
+
+EXPERT_HESSIAN_BYTES = 1 << 30
+"""Experts are calibrated together as far as their Hessians fit into this."""
+
+
+class LayerError(RLOError):
+    """A layer that cannot be quantized."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user decides of one quantization.
+
+    Args:
+        model: A folder, a GGUF file or a hub name.
+        dataset: What `rlo_core.text.load_text` takes; its training split, or its validation split
+            where there is no training split.
+        layer: How each layer is rounded.
+        nsamples: Calibration sequences.
+        seqlen: Tokens in each; None is the model's length, at most 2048.
+        seed: Of the sequences, the transforms and stochastic rounding.
+        true_sequential: Inside a block, later layers see the earlier ones quantized.
+        skip: Patterns of full layer names that stay as they are.
+        dtype: In which blocks are run.
+        offload: Keep activations in a file.
+        trust_remote_code: Let transformers run code from the model's folder.
+        split: Of the data set; None for "train", else "validation".
+    """
+
+    model: str
+    dataset: str
+    layer: LayerSettings
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    true_sequential: bool = True
+    skip: tuple[str, ...] = ()
+    dtype: str = "float32"
+    offload: bool = False
+    trust_remote_code: bool = False
+    split: str | None = None
+
+
+class Progress(Protocol):
+    """What is told of the progress."""
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """A block begins: "quantize", or "replay" for one that is finished already."""
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """A layer is quantized."""
+
+
+@dataclass
+class Result:
+    """What a quantization did.
+
+    Args:
+        records: One for each layer: name, shape, proxy, seconds, tokens.
+        resumed: Blocks that were on disk already.
+        layout: Of the model.
+        seqlen: Tokens of a calibration sequence.
+        data: What identifies the calibration text.
+    """
+
+    records: list[dict[str, Any]]
+    resumed: int
+    layout: Layout
+    seqlen: int
+    data: dict[str, Any]
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Return the seed of a layer's transform, in [0, 2^63): the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def load_calibration(
+    options: Options, source: ModelSource, seqlen: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the calibration sequences, (nsamples, seqlen), and what identifies them."""
+    from rlo_core.errors import DataError
+
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    wanted = [options.split] if options.split else ["train", "validation"]
+    for split in wanted:
+        try:
+            data = load_text(options.dataset, split)  # type: ignore[arg-type]
+            break
+        except DataError:
+            if split == wanted[-1]:
+                raise
+    ids = token_ids(tokenizer, data)
+    sequences = sample_sequences(ids, count=options.nsamples, length=seqlen, seed=options.seed)
+    described = {"name": data.name, "split": split, "fingerprint": data.fingerprint}
+    return sequences, described
+
+
+def quantize_model(
+    options: Options,
+    folder: Path,
+    processes: Processes,
+    *,
+    progress: Progress,
+    on_start: Callable[[Plan, WorkFolder, dict[str, Any]], None] | None = None,
+    finish: Callable[[WorkFolder, ModelSource, Layout], None],
+) -> Result:
+    """Quantize a model into `folder`, or go on with what was begun there.
+
+    Args:
+        options: What to do.
+        folder: The checkpoint's folder.
+        processes: This process among its peers.
+        progress: Is told of every layer.
+        on_start: Called by the first process, with the plan, the folder and the data's description.
+        finish: Called by the first process when all blocks are on disk, to make the checkpoint.
+
+    Raises:
+        RLOError: the model, the data or the folder is refused.
+    """
+    source = ModelSource(
+        find_model(options.model),
+        dtype=getattr(torch, options.dtype),
+        device=processes.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        plan = discover(source, options)
+        sequences, data = load_calibration(options, source, plan.seqlen)
+        tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
+        decisions = {
+            **{k: v for k, v in asdict(options).items() if k not in _NOT_DECIDING},
+            "seqlen": plan.seqlen,
+            "weights": source.fingerprint(),
+            "tokens": tokens,
+            "data": data,
+        }
+        work = WorkFolder(folder, decisions)
+        if processes.first:
+            work.open()
+            if on_start is not None:
+                on_start(plan, work, data)
+        run = _Run(options, source, plan.layout, work, processes, progress)
+        done = processes.broadcast({"done": work.done if processes.first else False}, 0)["done"]
+        if not done:
+            with torch.no_grad():
+                run.all_blocks(sequences)
+            if processes.first:
+                finish(work, source, plan.layout)
+        processes.wait()
+        return Result(run.records, run.resumed, plan.layout, plan.seqlen, data)
+    finally:
+        source.close()
+
+
+# Where a model is, how its activations are kept and what may be executed does not change a code.
+_NOT_DECIDING = {"model", "dataset", "offload", "trust_remote_code", "split"}
+
+
+@dataclass
+class _Run:
+    options: Options
+    source: ModelSource
+    layout: Layout
+    work: WorkFolder
+    processes: Processes
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.resumed = 0
+        self.device = self.processes.device
+
+    def all_blocks(self, sequences: Tensor) -> None:
+        self._save_rest()
+        mine = list(self.processes.share(len(sequences)))
+        activations, calls = self._first_inputs(sequences, mine)
+        for index in range(self.layout.count):
+            name = self.layout.block_name(index)
+            part = f"block-{index:05d}"
+            there = self.processes.broadcast({"there": self.work.has(part)}, 0)["there"]
+            self.progress.block(index, self.layout.count, "replay" if there else "quantize")
+            if there:
+                self.resumed += 1
+                for record in self.work.records(part) if self.processes.first else []:
+                    self.records.append(record)
+                    self.progress.layer(record)
+                if index + 1 == self.layout.count:
+                    continue
+            block = self.source.load_module(name)
+            split_all_experts(block)
+            if there:
+                self._restore(block, name, part)
+            else:
+                self._quantize_block(block, index, part, calls[index], activations, mine)
+            if index + 1 < self.layout.count:
+                for row, _ in enumerate(mine):
+                    hidden = activations.get(row, self.device)
+                    activations.set(row, calls[index].run(block, hidden))
+            release(block)
+
+    def _save_rest(self) -> None:
+        """Load what is outside of the blocks, and put it on disk for the checkpoint."""
+        blocks = f"{self.layout.blocks}."
+        tied = set(self.source.model.all_tied_weights_keys)
+        names = self.source.targets(lambda name: not name.startswith(blocks) and name not in tied)
+        if self.processes.first and not self.work.has("rest"):
+            self.source.load(lambda name: name in names)
+            state = self.source.model.state_dict()
+            self.work.save("rest", {n: self._as_stored(n, state[n]) for n in names}, [])
+            release(self.source.model)
+        self.processes.wait()
+
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        stored = self.source.stored.get(name)
+        return tensor if stored is None or not tensor.is_floating_point() else tensor.to(stored)
+
+    def _first_inputs(
+        self, sequences: Tensor, mine: Sequence[int]
+    ) -> tuple[Activations, list[BlockCall]]:
+        """Return the first block's inputs for this process's sequences, and how blocks are
+        called.
+        """
+        model, blocks = self.source.model, self.layout.blocks
+        modules = list(model.get_submodule(blocks).children())
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        unused = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+        self.source.load(lambda name: not name.startswith(f"{blocks}.") and name not in unused)
+        require_filled(model, except_for=(f"{blocks}.", *unused, *model.all_tied_weights_keys))
+        hidden, calls = record_inputs(model, modules, sequences[0], self.device)
+        activations = Activations(
+            max(1, len(mine)),
+            hidden.shape[1],
+            hidden.shape[2],
+            hidden.dtype,
+            self.work.folder if self.options.offload else None,
+        )
+        for row, index in enumerate(mine):
+            hidden, others = record_inputs(model, modules, sequences[index], self.device)
+            if row < 2:  # one other sequence is enough to see a difference
+                check_same_calls(calls, others, type(model).__name__)
+            activations.set(row, hidden)
+        release(model)
+        return activations, calls
+
+    def _quantize_block(
+        self,
+        block: nn.Module,
+        index: int,
+        part: str,
+        call: BlockCall,
+        activations: Activations,
+        mine: Sequence[int],
+    ) -> None:
+        linears = self.layout.linears[index]
+        name = self.layout.block_name(index)
+        packed: dict[str, QuantLinear] = {}
+        records: list[dict[str, Any]] = []
+        groups: list[list[str]] = []
+        if linears:
+            groups = input_groups(block, linears, call, activations.get(0, self.device))
+            # Each process traces its own sequence, and experts are reached by some only.
+            groups = self.processes.broadcast({"groups": groups}, 0)["groups"]
+        for stage in stages(block, groups):
+            rows = list(range(len(mine)))
+            begin = time.perf_counter()
+            firsts = [group[0] for group in stage]
+            sums = collect_hessians(block, firsts, call, activations, rows, self.device)
+            for first in firsts:
+                self.processes.sum_hessian(sums[first])
+            collected = time.perf_counter() - begin
+            done = self._round_stage(block, name, stage, sums, collected, records)
+            packed.update(done)
+            if self.options.true_sequential:
+                self._use(block, done)
+        if not self.options.true_sequential:
+            self._use(block, packed)
+        if self.processes.first:
+            self.work.save(part, self._tensors(block, name, packed), records)
+        self.records += records
+        self.processes.wait()
+
+    def _round_stage(
+        self,
+        block: nn.Module,
+        name: str,
+        stage: Sequence[Sequence[str]],
+        sums: dict[str, Any],
+        collected: float,
+        records: list[dict[str, Any]],
+    ) -> dict[str, QuantLinear]:
+        """Round the layers of a stage; the processes share them, and all get all results."""
+        results: dict[str, QuantLinear] = {}
+        layers = [(group[0], layer) for group in stage for layer in group]
+        owned = set(self.processes.share(len(layers)))
+        local: dict[int, tuple[QuantLinear, dict[str, Any]]] = {}
+        first_now, hessian = "", torch.empty(0)
+        tokens = {first: sums[first].tokens for first in sums}
+        for number, (first, layer) in enumerate(layers):
+            if first != first_now:
+                hessian = sums.pop(first).mean(f"{name}.{first}")
+                first_now = first
+            if number not in owned:
+                continue
+            begin = time.perf_counter()
+            linear = _linear(block, layer)
+            # One rotation for all layers that read the same input.
+            seed = layer_seed(self.options.seed, f"{name}.{first}")
+            try:
+                rounded = quantize_layer(linear.weight, hessian, self.options.layer, seed=seed)
+            except ValueError as error:
+                raise LayerError(f"layer '{name}.{layer}': {error}") from error
+            record = {
+                "layer": f"{name}.{layer}",
+                "rows": linear.out_features,
+                "columns": linear.in_features,
+                "bits": self.options.layer.bits,
+                "proxy": rounded.proxy,
+                "tokens": tokens[first],
+                "seconds": round(time.perf_counter() - begin, 4),
+                "calibration_seconds": round(collected, 4),
+            }
+            bias = None if linear.bias is None else linear.bias.data
+            local[number] = (QuantLinear.from_layer(rounded, self.options.layer, bias=bias), record)
+        for number, (_, layer) in enumerate(layers):
+            owner = number % self.processes.world
+            if number in local:
+                module, record = local[number]
+                self.processes.broadcast(
+                    {"state": dict(module.state_dict()), "record": record}, owner
+                )
+            else:
+                received = self.processes.broadcast({}, owner)
+                module, record = self._empty_like(_linear(block, layer)), received["record"]
+                module.load_state_dict(received["state"], assign=True)
+            results[layer] = module
+            records.append(record)
+            self.progress.layer(record)
+        return results
+
+    def _empty_like(self, linear: nn.Linear) -> QuantLinear:
+        return QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            self.options.layer,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device="meta",
+        )
+
+    def _use(self, block: nn.Module, packed: dict[str, QuantLinear]) -> None:
+        """Put the dequantised weights into the block: what is packed is what later layers see."""
+        for layer, module in packed.items():
+            linear = _linear(block, layer)
+            linear.weight.data = module.dequantize().to(linear.weight)
+
+    def _tensors(
+        self, block: nn.Module, name: str, packed: dict[str, QuantLinear]
+    ) -> dict[str, Tensor]:
+        """Return a block's tensors as the checkpoint has them, under their full names."""
+        tensors = {}
+        for child, tensor in block.state_dict().items():
+            owner = child.rpartition(".")[0]
+            if owner not in packed:
+                tensors[f"{name}.{child}"] = self._as_stored(f"{name}.{child}", tensor)
+        for layer, module in packed.items():
+            for child, tensor in module.state_dict().items():
+                full = f"{name}.{layer}.{child}"
+                tensors[full] = self._as_stored(full, tensor) if child == "bias" else tensor
+        return tensors
+
+    def _restore(self, block: nn.Module, name: str, part: str) -> None:
+        """Put a finished block's dequantised weights in place, exactly as when it was made."""
+        with safe_open(self.work.part(part), framework="pt", device=str(self.device)) as stored:
+            names = set(stored.keys())
+            for layer in self._layers_in(names, name):
+                module = self._empty_like(_linear(block, layer))
+                state = {
+                    child: stored.get_tensor(f"{name}.{layer}.{child}")
+                    for child in module.state_dict()
+                }
+                module.load_state_dict(state, assign=True)
+                self._use(block, {layer: module})
+
+    def _layers_in(self, names: set[str], block: str) -> list[str]:
+        index = int(block.rpartition(".")[2])
+        return [n for n in self.layout.linears[index] if f"{block}.{n}.scales" in names]
+
+
+def stages(block: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
+    """Return groups that are calibrated in one pass: each alone, but experts of one kind together.
+
+    A group alone needs one Hessian at a time. Experts are many and small; one pass over the
+    calibration data for each of them would cost more than their Hessians do.
+    """
+    planned: list[list[Sequence[str]]] = []
+    experts: dict[tuple[str, str], list[Sequence[str]]] = {}
+    for group in groups:
+        where = _experts_of(block, group[0])
+        if where is None:
+            planned.append([group])
+            continue
+        key = (where, group[0].rpartition(".")[2])
+        if key not in experts:
+            experts[key] = []
+        experts[key].append(group)
+    # gate_up before down: in their alphabetical order down would come first.
+    for _, members in sorted(experts.items(), key=lambda item: (item[0][0], item[0][1] == "down")):
+        size = 8 * _linear(block, members[0][0]).in_features ** 2
+        step = max(1, EXPERT_HESSIAN_BYTES // size)
+        planned += [members[start : start + step] for start in range(0, len(members), step)]
+    return planned
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)  # the layout names nothing else
+    return linear
+
+
+def _experts_of(block: nn.Module, name: str) -> str | None:
+    """Return the path of the expert list that a layer is in, or None."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        path = ".".join(parts[:end])
+        if isinstance(block.get_submodule(path), SplitExperts):
+            return path
+    return None

@@ -1,0 +1,110 @@
+"""What a quantization would do, and about what it would take, before it does it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rlo_gptq.models import Layout, find_layout, split_all_experts
+from rlo_gptq.packing import packed_words
+from rlo_gptq.quant_linear import groups_of
+
+if TYPE_CHECKING:
+    from rlo_gptq.pipeline import Options
+    from rlo_gptq.source import ModelSource
+
+LONGEST_DEFAULT = 2048
+_FLOPS = {"cpu": 25e9, "cuda": 2e13}
+"""Sustained float32 operations per second that times are guessed with: one core, one data-centre
+GPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Args:
+        layout: Blocks and layers.
+        seqlen: Tokens of a calibration sequence.
+        summary: Numbers to show: parameters, bytes, memory, time.
+    """
+
+    layout: Layout
+    seqlen: int
+    summary: dict[str, Any]
+
+
+def discover(source: ModelSource, options: Options) -> Plan:
+    """Find the layers and estimate memory and time; loads no weights.
+
+    The time is a guess from operation counts, good to a factor of a few.
+    """
+    skeleton = copy.deepcopy(source.model)  # splitting experts would hide them from the loader
+    split_all_experts(skeleton)
+    layout = find_layout(skeleton, skip=options.skip)
+    text = source.config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or LONGEST_DEFAULT
+    seqlen = options.seqlen or min(longest, LONGEST_DEFAULT)
+    item = getattr(torch, options.dtype).itemsize
+    blocks = list(skeleton.get_submodule(layout.blocks).children())
+    block_bytes = max(sum(p.numel() for p in block.parameters()) * item for block in blocks)
+    shapes = [
+        (linear.out_features, linear.in_features)
+        for name in layout.names()
+        if isinstance(linear := skeleton.get_submodule(name), nn.Linear)
+    ]
+    quantized = sum(m * d for m, d in shapes)
+    total = sum(p.numel() for p in skeleton.parameters())
+    scale_bytes = getattr(torch, options.layer.scale_dtype).itemsize
+    packed = sum(
+        m * 4 * packed_words(d, options.layer.bits)
+        + m * groups_of(d, options.layer.group_size) * scale_bytes * (1 if options.layer.sym else 2)
+        for m, d in shapes
+    )
+    rest = (total - quantized) * (source.stored_dtype.itemsize)
+    width = text.hidden_size
+    activations = options.nsamples * seqlen * width * item
+    largest = max(d for _, d in shapes)
+    tokens = options.nsamples * seqlen
+    # Forward: about 2.5 passes of a block in true-sequential order, one more for its output.
+    forward = 2 * tokens * quantized * 3.5
+    hessians = 2 * tokens * sum(d * d for _, d in shapes)
+    rounding = sum((d**3) / 1 + 2 * m * d * d * (2 + options.layer.passes) for m, d in shapes)
+    kind = source.device.type
+    speed = _FLOPS.get(kind, _FLOPS["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
+    peak = block_bytes + activations * (not options.offload) + 5 * 4 * largest * largest
+    return Plan(
+        layout,
+        seqlen,
+        {
+            "model_type": source.config.model_type,
+            "blocks": layout.count,
+            "layers": len(shapes),
+            "parameters": total,
+            "quantized_parameters": quantized,
+            "bits_per_weight": round(8 * packed / quantized, 3),
+            "checkpoint_bytes": packed + rest,
+            "block_bytes": block_bytes,
+            "activation_bytes": activations,
+            "largest_hessian_bytes": 4 * largest * largest,
+            "peak_memory_bytes": peak,
+            "available_memory_bytes": _available(source.device),
+            "estimated_seconds": round((forward + hessians + rounding) / speed, 1),
+            "calibration_tokens": tokens,
+            "device": str(source.device),
+        },
+    )
+
+
+def _available(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,294 @@
+r"""A linear layer whose weight stays packed: :math:`y = U^T (\hat W' (V (s \odot x))) + b`.
+
+:math:`\hat W' = \text{scale} \cdot (\text{code} - \text{zero})` is made a tile of rows at a time,
+so that the dense matrix never exists. The transforms are structured and come from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlo_gptq.incoherence import Transform
+from rlo_gptq.layer import QuantizedLayer
+from rlo_gptq.packing import pack_codes, packed_words, unpack_codes
+from rlo_gptq.settings import LayerSettings
+
+TILE_ELEMENTS = 1 << 20
+"""Weights that are dense at one time: 4 MiB in float32, which a processor's cache can hold."""
+
+KEPT_DTYPE = ("scales", "zeros", "input_scale")
+"""Tensors that `.half()` and `.to(dtype)` leave as they are: rounding them changes every weight."""
+
+
+def groups_of(columns: int, group_size: int) -> int:
+    """Return how many grids a row of `columns` weights has; `group_size` < 1 is one."""
+    return 1 if group_size < 1 else -(-columns // group_size)
+
+
+def symmetric_zero(bits: int, *, integer: bool) -> float:
+    """Return the zero of a symmetric grid: the middle of the codes, or the integer above it."""
+    return float(1 << (bits - 1)) if integer else ((1 << bits) - 1) / 2
+
+
+def dequantize_rows(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | float,
+    *,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return `scale * (code - zero)` for some rows, computed in float32, as `dtype`.
+
+    Args:
+        packed: Shape (rows, words), int32.
+        scales: Shape (rows, groups), floating.
+        zeros: Like `scales`, or one number for all.
+        bits: Bits of a code.
+        columns: Weights in a row.
+        group_size: Columns that share a scale; less than 1 for all of them.
+        dtype: Of the result.
+
+    Returns:
+        Shape (rows, columns).
+    """
+    values = unpack_codes(packed, bits, columns).float()
+    scale = scales.float()
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(group_size, 1)[:, :columns]
+        if isinstance(zeros, Tensor):
+            zeros = zeros.float().repeat_interleave(group_size, 1)[:, :columns]
+    elif isinstance(zeros, Tensor):
+        zeros = zeros.float()
+    return values.sub_(zeros).mul_(scale).to(dtype)
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, TILE_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class _PackedMatmul(torch.autograd.Function):
+    """x W^T with W packed; the gradient goes to x alone, and W is unpacked again for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Callable[[int, int], Tensor], outputs: int) -> Tensor:
+        ctx.rows, ctx.outputs, ctx.columns = rows, outputs, x.shape[1]
+        y = x.new_empty(x.shape[0], outputs)
+        for start, stop in _tiles(outputs, x.shape[1]):
+            torch.mm(x, rows(start, stop).T, out=y[:, start:stop])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        total = grad.new_zeros(grad.shape[0], ctx.columns)
+        for start, stop in _tiles(ctx.outputs, ctx.columns):
+            total.addmm_(grad[:, start:stop], ctx.rows(start, stop))
+        return total, None, None
+
+
+class QuantLinear(nn.Module):
+    """A packed linear layer, see the module's docstring; made empty, to be filled from a
+    checkpoint.
+
+    Its tensors are buffers named `weight` (packed codes, int32, (out, words)), `scales` (out,
+    groups), `zeros` (only if the grid is not symmetric), `input_scale` (only with rescaling),
+    `seed` (int64, (1,), only with incoherence) and `bias`. The packed tensor is called `weight` on
+    purpose: loaded into an ordinary linear layer its shape is refused, so that a checkpoint never
+    loads as random weights.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        settings: How the layer was quantized; decides which tensors there are.
+        bias: Whether there is a bias.
+        dtype: Of the bias.
+        device: Where the tensors are made.
+
+    Scales and zeros have `settings.scale_dtype`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        settings: LayerSettings,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = settings.bits
+        self.group_size = settings.group_size
+        self.settings = settings
+        groups = groups_of(in_features, settings.group_size)
+        scale_dtype: torch.dtype = getattr(torch, settings.scale_dtype)
+        words = packed_words(in_features, settings.bits)
+        tensors: dict[str, Tensor | None] = {
+            "weight": torch.zeros(out_features, words, dtype=torch.int32, device=device),
+            "scales": torch.zeros(out_features, groups, dtype=scale_dtype, device=device),
+            "zeros": None,
+            "input_scale": None,
+            "seed": None,
+        }
+        if not settings.sym:
+            tensors["zeros"] = torch.zeros(out_features, groups, dtype=scale_dtype, device=device)
+        if settings.rescale:
+            tensors["input_scale"] = torch.ones(in_features, dtype=torch.float32, device=device)
+        if settings.incoherence != "none":
+            tensors["seed"] = torch.zeros(1, dtype=torch.int64, device=device)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        # A parameter, as in any linear layer; frozen, as the weight is.
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False)
+            if bias
+            else None
+        )
+        self._transform: Transform | None = None
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    input_scale: Tensor | None
+    seed: Tensor | None
+
+    @classmethod
+    def from_layer(
+        cls, layer: QuantizedLayer, settings: LayerSettings, *, bias: Tensor | None = None
+    ) -> QuantLinear:
+        """Pack a layer that was just quantized.
+
+        Args:
+            layer: From `quantize_layer`.
+            settings: Those it was quantized with.
+            bias: Shape (out,), or None.
+        """
+        out_features, in_features = layer.codes.shape
+        module = cls(
+            in_features,
+            out_features,
+            settings,
+            bias=bias is not None,
+            dtype=None if bias is None else bias.dtype,
+            device="meta",
+        )
+        module.weight = pack_codes(layer.codes, settings.bits)
+        module.scales = layer.scales.to(module.scales.dtype)
+        if settings.sym:
+            zero = symmetric_zero(settings.bits, integer=settings.integer_zero)
+            if not bool((layer.zeros == zero).all()):
+                raise ValueError(f"zeros must all be {zero} for a symmetric grid")
+        else:
+            module.zeros = layer.zeros.to(module.scales.dtype)
+        if settings.rescale:
+            if layer.input_scale is None:
+                raise ValueError("input_scale must be there for a layer with rescale")
+            module.input_scale = layer.input_scale.float()
+        if settings.incoherence != "none":
+            module.seed = torch.tensor([layer.transform.seed], dtype=torch.int64)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone(), False)
+        return module
+
+    @property
+    def transform(self) -> Transform | None:
+        """The incoherence transform, made from the seed when first used."""
+        if self.seed is None:
+            return None
+        if self._transform is None:
+            self._transform = Transform(
+                kind=self.settings.incoherence,
+                sides=self.settings.incoherence_sides,
+                seed=int(self.seed.item()),
+                in_features=self.in_features,
+                out_features=self.out_features,
+                variant=self.settings.proj_extra,
+            )
+        return self._transform
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._transform = None  # another seed
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move like any module, but keep the dtype of the grid: `.half()` must not round scales."""
+        kept = {name: getattr(self, name) for name in KEPT_DTYPE}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def _rows(self, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
+
+        def rows(start: int, stop: int) -> Tensor:
+            return dequantize_rows(
+                self.weight[start:stop],
+                self.scales[start:stop],
+                zero if self.zeros is None else self.zeros[start:stop],
+                bits=self.bits,
+                columns=self.in_features,
+                group_size=self.group_size,
+                dtype=dtype,
+            )
+
+        return rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x of shape (..., in_features); returns (..., out_features)."""
+        transform = self.transform
+        inner = x
+        if self.input_scale is not None:
+            inner = inner * self.input_scale.to(x.dtype)
+        if transform is not None:
+            inner = transform.apply_input(inner)
+        flat = inner.reshape(-1, self.in_features)
+        y: Tensor = _PackedMatmul.apply(flat, self._rows(flat.dtype), self.out_features)
+        y = y.view(*x.shape[:-1], self.out_features)
+        if transform is not None:
+            y = transform.apply_output_T(y)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self) -> Tensor:
+        """Return the dense weight in the original basis, (out, in), float32."""
+        rows = self._rows(torch.float32)
+        dense = self.scales.new_empty(self.out_features, self.in_features, dtype=torch.float32)
+        for start, stop in _tiles(self.out_features, self.in_features):
+            dense[start:stop] = rows(start, stop)
+        if self.transform is not None:
+            dense = self.transform.restore_weight(dense)
+        if self.input_scale is not None:
+            dense = dense * self.input_scale
+        return dense
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return an ordinary linear layer with the dequantised weight."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.dequantize().to(dtype or torch.float32), False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype or self.bias.dtype), False)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Name widths, bits and transform, as torch prints modules."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, incoherence={self.settings.incoherence}, "
+            f"bias={self.bias is not None}"
+        )
