@@ -1,5 +1,6 @@
 """Calibration: token sequences, what flows into the first block, and which layers see which
-input."""
+input.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def sample_sequences(ids: Tensor, *, count: int, length: int, seed: int) -> Tens
         )
     if len(ids) < length:
         raise CalibrationError(
-            f"calibration text must have at least {length} tokens, got {len(ids)}; give more text or
-            " "a smaller --seqlen"
+            f"calibration text must have at least {length} tokens, got {len(ids)}; "
+            "give more text or a smaller --seqlen"
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)

@@ -158,11 +158,8 @@ def load(
     path = Path(folder)
     if path.exists():
         check_folder(path)
-        quantization = read_quantization(path)
-        require(
-            quantization.get("quant_method") == METHOD,
-            f"{str(path)!r} must be quantized by {METHOD}, got {quantization.get('quant_method')!r}",
-        )
+        method = read_quantization(path).get("quant_method")
+        require(method == METHOD, f"{str(path)!r} must be quantized by {METHOD}, got {method!r}")
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code

@@ -37,8 +37,8 @@ class RLOGPTQConfig(QuantizationConfigMixin):
     Args:
         settings: `LayerSettings.to_dict()` of all quantized layers.
         blocks: Path of the list of decoder blocks, e.g. "model.layers".
-        modules: For each layer inside a block ("self_attn.q_proj") the indices of the blocks where it is
-            quantized, or None for all.
+        modules: For each layer inside a block ("self_attn.q_proj") the numbers of the blocks where
+            it is quantized, or None for all.
         version: Of the format.
         split_experts: Whether fused experts became lists of linear layers.
         quant_method: "rlo-gptq".
@@ -158,7 +158,7 @@ def swap_linears(model: PreTrainedModel, config: RLOGPTQConfig, dtype: torch.dty
 
 @register_quantizer(METHOD)
 class RLOGPTQQuantizer(HfQuantizer):
-    """Puts `QuantLinear`s into the empty model before its weights are loaded, and checks them after."""
+    """Puts `QuantLinear`s into the empty model before weights are loaded, and checks them after."""
 
     requires_calibration = True
     quantization_config: RLOGPTQConfig

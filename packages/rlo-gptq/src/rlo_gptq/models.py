@@ -132,8 +132,8 @@ def find_layout(model: PreTrainedModel, *, skip: Sequence[str] = ()) -> Layout:
     lists = {name: blocks for name, blocks in lists.items() if id(blocks) in inside}
     if not lists:
         raise UnsupportedModelError(
-            f"model must have a list of decoder blocks made of nn.Linear, got {kind} with
-            {_found(model)}"
+            f"model must have a list of decoder blocks made of nn.Linear, got {kind} "
+            f"with {_found(model)}"
         )
     path, blocks = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
     linears = tuple(

@@ -63,8 +63,8 @@ class WorkFolder:
         if plan is None:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ResumeError(
-                    f"{str(self.folder)!r} is not empty and no quantization was begun there; choose
-                    " "another --save"
+                    f"{str(self.folder)!r} is not empty and no quantization was begun there; "
+                    "choose another --save"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("running")
