@@ -153,6 +153,14 @@ def test_a_warm_start_at_the_optimum_takes_no_iteration(cancer):
     assert model.n_iter_[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("solver", ["lbfgs", "newton-cg", "gd", "agd"])
+def test_no_iterations_leave_the_coefficients_at_zero(cancer, solver):
+    model = RootedLogisticRegression(solver=solver, max_iter=0).fit(*cancer)
+    assert model.n_iter_[0] == 0
+    assert not model.coef_.any()
+
+
 @pytest.mark.parametrize("solver", ["lbfgs", "newton-cg", "gd", "agd"])
 def test_the_loss_curve_has_one_value_per_iteration_and_falls(cancer, solver):
     X, y = cancer

@@ -51,6 +51,8 @@ def minimise(
         tol: Stop once the largest absolute entry of the (projected) gradient is at most this.
         max_iter: Most iterations.
     """
+    if max_iter == 0:  # SciPy's L-BFGS-B would still make one
+        return Solution(start, 0, False, "no iterations were allowed")
     penalty = np.full(objective.shape, l1)
     if objective.fit_intercept:
         penalty[:, -1] = 0.0
@@ -123,8 +125,8 @@ def _newton_cg(objective: Objective, start: Array, tol: float, max_iter: int) ->
         if np.abs(point.gradient).max() <= tol:
             raise StopIteration
 
-    if max_iter == 0 or np.abs(objective.at(start).gradient).max() <= tol:
-        return Solution(start, 0, max_iter > 0, "no iterations", curve)
+    if np.abs(objective.at(start).gradient).max() <= tol:
+        return Solution(start, 0, True, "gradient tolerance met at the start", curve)
 
     def value(w: Array) -> float:
         return objective.at(w).value
