@@ -23,6 +23,12 @@ _HOME = {
         "rooted_convex_loss",
         "rooted_loss",
     ),
+    "linear": (
+        "LinkLinearCrossEntropy",
+        "link_linear_cross_entropy",
+        "plan_linear_loss",
+        "rooted_linear_loss",
+    ),
     "modules": (
         "BinaryLinkLoss",
         "CELoss",
@@ -63,6 +69,10 @@ if TYPE_CHECKING:
     from rlo_core.functional import poly1_loss as poly1_loss
     from rlo_core.functional import rooted_convex_loss as rooted_convex_loss
     from rlo_core.functional import rooted_loss as rooted_loss
+    from rlo_core.linear import LinkLinearCrossEntropy as LinkLinearCrossEntropy
+    from rlo_core.linear import link_linear_cross_entropy as link_linear_cross_entropy
+    from rlo_core.linear import plan_linear_loss as plan_linear_loss
+    from rlo_core.linear import rooted_linear_loss as rooted_linear_loss
     from rlo_core.links import CE as CE
     from rlo_core.links import DFT as DFT
     from rlo_core.links import GCE as GCE

@@ -1,0 +1,15 @@
+"""Fused linear losses: link(ce(hidden @ weight.T)) without ever holding all the logits."""
+
+from __future__ import annotations
+
+from rlo_core.linear.fused import link_linear_cross_entropy, rooted_linear_loss
+from rlo_core.linear.module import LinkLinearCrossEntropy
+from rlo_core.linear.plan import Plan, plan_linear_loss
+
+__all__ = [
+    "LinkLinearCrossEntropy",
+    "Plan",
+    "link_linear_cross_entropy",
+    "plan_linear_loss",
+    "rooted_linear_loss",
+]

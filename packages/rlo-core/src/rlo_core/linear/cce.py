@@ -1,0 +1,73 @@
+"""Per-token cross entropy from Apple's cut-cross-entropy (optional), with the link on top."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rlo_core.functional import apply_link
+from rlo_core.links import Link, RootedConvex
+
+HOW_TO_INSTALL = "pip install 'rlo-core[cce]'"
+
+
+def check_cce(
+    hidden: Tensor, bias: Tensor | None, label_smoothing: float, compute: torch.dtype
+) -> None:
+    """Raise ValueError or ImportError where cut-cross-entropy cannot do what was asked."""
+    if bias is not None:
+        raise ValueError("impl='cce' takes no bias; use impl='chunked'")
+    if label_smoothing > 0.0:
+        raise ValueError(
+            f"impl='cce' takes no label_smoothing, got {label_smoothing}; use impl='chunked'"
+        )
+    if hidden.device.type != "cuda":
+        raise ValueError(f"impl='cce' needs a CUDA device, got {hidden.device}; use impl='chunked'")
+    if compute not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"impl='cce' needs float16 or bfloat16, got {compute}; use autocast or impl='chunked'"
+        )
+
+
+def filter_eps(link: Link) -> str | None:
+    """The gradient filter to ask for: the package's own, but none for a link that grows.
+
+    It drops blocks whose softmax is below the precision of bfloat16, before the row's scale is
+    known. A bounded slope keeps what is dropped small; the convex link's has no bound.
+    """
+    return None if isinstance(link, RootedConvex) else "auto"
+
+
+def cce_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    link: Link,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    compute: torch.dtype,
+) -> Tensor:
+    """Return the loss of each token, (N), float32.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise ImportError(
+            f"impl='cce' needs the package cut-cross-entropy: {HOW_TO_INSTALL}"
+        ) from error
+    ce = linear_cross_entropy(
+        hidden.to(compute),
+        weight.to(compute),
+        target,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction="none",
+        filter_eps=filter_eps(link),
+    )
+    return apply_link(cast("Tensor", ce), link)

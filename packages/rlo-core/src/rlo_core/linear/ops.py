@@ -1,0 +1,258 @@
+"""The chunk loop as operators of torch's dispatcher, so that torch.compile keeps them whole.
+
+`linear_loss_sum` has its gradients ready when it returns; `linear_loss_rows` computes the logits
+again in its backward pass, where the weight of each token becomes known. A custom operator takes
+tensors, numbers and strings only: `Settings` is what follows the tensors, in the schema's order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rlo_core.linear.chunks import Options, run_chunks
+from rlo_core.linear.codes import decode
+from rlo_core.linear.parallel import ranks_of
+from rlo_core.linear.rows import working_dtype
+from rlo_core.links import Link
+
+TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+SCHEMA = (
+    "str link, float a, float b, Tensor? knobs, int ignore_index, float label_smoothing, "
+    "float? softcap, ScalarType compute, int rows, int first_class, int classes, str group, "
+    "bool hidden_grad, bool weight_grad, bool bias_grad"
+)
+ONCE = "a fused loss can be differentiated only once; pass impl='torch' for a second derivative"
+
+
+class Settings(NamedTuple):
+    """`SCHEMA` as a tuple; the last three say which gradients will be asked for."""
+
+    link: str
+    a: float
+    b: float
+    knobs: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    compute: torch.dtype
+    rows: int
+    first_class: int
+    classes: int
+    group: str
+    hidden_grad: bool
+    weight_grad: bool
+    bias_grad: bool
+
+    def decoded(self) -> Link:
+        """Return the link."""
+        a, b = (self.a, self.b) if self.knobs is None else self.knobs.tolist()
+        return decode(self.link, a, b)
+
+    def options(self, *, with_gradient: bool) -> Options:
+        """Return what the chunk loop needs."""
+        return Options(
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            compute=self.compute,
+            rows=self.rows,
+            first_class=self.first_class,
+            classes=self.classes,
+            ranks=ranks_of(self.group),
+            hidden_grad=self.hidden_grad and with_gradient,
+            weight_grad=self.weight_grad and with_gradient,
+            bias_grad=self.bias_grad and with_gradient,
+        )
+
+
+class _Once(torch.autograd.Function):
+    """Hands a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ONCE)
+
+
+def _once(grad: Tensor | None, *inputs: Tensor) -> Tensor | None:
+    """Attach the refusal where a graph of the backward pass is being recorded."""
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    return cast("Tensor", _Once.apply(grad, *inputs))
+
+
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x * factor rounded once to `dtype`, without a wide copy of the product."""
+    if x.dtype == dtype or torch.compiler.is_compiling():
+        return (x * factor).to(dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+@torch.library.custom_op(
+    "rlo_core::linear_loss_sum",
+    mutates_args=(),
+    schema=(
+        f"({TENSORS}, Tensor? factor, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def linear_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return sum(factor * loss), the losses, and what the backward pass multiplies out."""
+    s = Settings(*settings)
+    options = s.options(with_gradient=True)
+    sums = run_chunks(hidden, weight, bias, target, factor, s.decoded(), options)
+    total = sums.loss.sum() if factor is None else torch.dot(sums.loss, factor)
+    return (
+        total,
+        sums.loss,
+        sums.scale,
+        _or_empty(sums.hidden_grad, hidden),
+        _or_empty(sums.weight_grad, hidden),
+        _or_empty(sums.bias_grad, hidden),
+    )
+
+
+@linear_loss_sum.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    s = Settings(*settings)
+    work = working_dtype(s.compute)
+    return (
+        hidden.new_empty((), dtype=work),
+        hidden.new_empty(target.shape, dtype=work),
+        hidden.new_empty(target.shape, dtype=work),
+        hidden.new_empty(hidden.shape if s.hidden_grad else 0, dtype=s.compute),
+        hidden.new_empty(weight.shape if s.weight_grad else 0, dtype=work),
+        hidden.new_empty(weight.shape[:1] if s.bias_grad else 0, dtype=work),
+    )
+
+
+def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, _, factor = inputs[:5]
+    ctx.settings = Settings(*inputs[5:])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.factor_grad = factor is not None and factor.requires_grad
+    ctx.save_for_backward(hidden, weight, *output[1:])
+
+
+def _sum_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, loss, scale, hidden_sum, weight_sum, bias_sum = ctx.saved_tensors
+    s: Settings = ctx.settings
+    dh = dw = db = None
+    if s.hidden_grad:
+        dh = _times(hidden_sum, (scale * grad).unsqueeze(1), hidden.dtype)
+    if s.weight_grad:
+        dw = _times(weight_sum, grad, weight.dtype)
+    if s.bias_grad:
+        db = _times(bias_sum, grad, ctx.bias_dtype)
+    grads = (_once(g, hidden, weight) for g in (dh, dw, db))
+    return (*grads, None, loss * grad if ctx.factor_grad else None, *(None,) * len(s))
+
+
+linear_loss_sum.register_autograd(_sum_backward, setup_context=_sum_context)
+
+
+@torch.library.custom_op(
+    "rlo_core::linear_loss_rows", mutates_args=(), schema=f"({TENSORS}, {SCHEMA}) -> Tensor"
+)
+def linear_loss_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
+) -> Tensor:
+    """Return the loss of each token, (N)."""
+    s = Settings(*settings)
+    options = s.options(with_gradient=False)
+    return run_chunks(hidden, weight, bias, target, None, s.decoded(), options).loss
+
+
+@linear_loss_rows.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
+) -> Tensor:
+    return hidden.new_empty(target.shape, dtype=working_dtype(Settings(*settings).compute))
+
+
+@torch.library.custom_op(
+    "rlo_core::linear_loss_rows_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_loss_rows_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of sum(grad * loss) by hidden, weight, bias; empty where not needed."""
+    s = Settings(*settings)
+    options = s.options(with_gradient=True)
+    sums = run_chunks(hidden, weight, bias, target, grad, s.decoded(), options)
+    dh = dw = db = None
+    if sums.hidden_grad is not None:
+        dh = _times(sums.hidden_grad, sums.scale.unsqueeze(1), hidden.dtype)
+    if sums.weight_grad is not None:
+        dw = sums.weight_grad.to(weight.dtype)
+    if sums.bias_grad is not None and bias is not None:
+        db = sums.bias_grad.to(bias.dtype)
+    return _or_empty(dh, hidden), _or_empty(dw, hidden), _or_empty(db, hidden)
+
+
+@linear_loss_rows_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    s = Settings(*settings)
+    return (
+        hidden.new_empty(hidden.shape if s.hidden_grad else 0),
+        weight.new_empty(weight.shape if s.weight_grad else 0),
+        weight.new_empty(0) if bias is None or not s.bias_grad else bias.new_empty(bias.shape),
+    )
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = s = Settings(*inputs[4:])
+    if s.knobs is None:
+        ctx.link = s.decoded()  # a link of the user's own has to outlive the graph
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, target = ctx.saved_tensors
+    s: Settings = ctx.settings
+    found = linear_loss_rows_backward(grad.contiguous(), hidden, weight, bias, target, *s)
+    needs = (s.hidden_grad, s.weight_grad, s.bias_grad)
+    grads = (
+        _once(g, hidden, weight) if need else None for g, need in zip(found, needs, strict=True)
+    )
+    return (*grads, None, *(None,) * len(s))
+
+
+linear_loss_rows.register_autograd(_rows_backward, setup_context=_rows_context)
