@@ -1,9 +1,5 @@
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rlo_gptq.formats.bitstream import pack_rows, unpack_rows
 from rlo_gptq.formats.gptq import FormatError, GridLayer, pack_layer, unpack_layer
 
 
@@ -15,18 +11,14 @@ def stream_by_hand(column: list[int], bits: int) -> list[int]:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packed_words_equal_the_stream_computed_with_big_integers(bits: int) -> None:
-    codes = torch.randint(0, 1 << bits, (64, 3))
-    expected = np.array([stream_by_hand(codes[:, c].tolist(), bits) for c in range(3)]).T
-    assert pack_rows(codes, bits).numpy().tolist() == expected.tolist()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
-def test_unpacking_undoes_packing(bits: int, blocks: int, columns: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    codes = torch.randint(0, 1 << bits, (32 * blocks, columns), dtype=torch.uint8)
-    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 32 * blocks), codes)
+def test_qweight_and_qzeros_are_the_streams_computed_with_big_integers(make_layer, bits) -> None:
+    layer = make_layer(bits)
+    tensors = pack_layer("x", layer, "gptq_v2")
+    for row in range(3):
+        codes = layer.codes[row].tolist()
+        assert tensors["qweight"][:, row].tolist() == stream_by_hand(codes, bits)
+        zeros = [int(zero) for zero in layer.zeros[:, row]]
+        assert tensors["qzeros"][row].tolist() == stream_by_hand(zeros, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -48,13 +48,14 @@ def group_size_of(name: str, layer: GridLayer) -> int:
 
 
 def pack_layer(
-    name: str, layer: GridLayer, *, dtype: torch.dtype = torch.float16
+    name: str, layer: GridLayer, *, symmetric: bool, dtype: torch.dtype = torch.float16
 ) -> dict[str, Tensor]:
-    """Return the tensors of one layer by suffix; `weight_zero_point` only for an asymmetric grid.
+    """Return the tensors of one layer by suffix; `weight_zero_point` only if not `symmetric`.
 
     Args:
         name: The layer's name, for messages.
         layer: The layer; its zeros have to be integers.
+        symmetric: Whether the format is to have no zero points; all zeros must then be 2^(bits-1).
         dtype: Of the scales, the model's own.
 
     Raises:
@@ -70,12 +71,14 @@ def pack_layer(
             f"{float(layer.zeros.flatten()[0])}; quantize with --format compressed-tensors"
         )
     half = 1 << (layer.bits - 1)
+    if symmetric and not is_symmetric(layer):
+        raise FormatError(f"layer {name!r}: zeros must all be {half} for a symmetric grid")
     tensors = {
         "weight_packed": pack_to_int32((layer.codes.to(torch.int16) - half).char(), layer.bits),
         "weight_scale": layer.scales.to(dtype),
         "weight_shape": torch.tensor(layer.codes.shape),
     }
-    if not is_symmetric(layer):
+    if not symmetric:
         zeros = (layer.zeros.to(torch.int16) - half).char()
         tensors["weight_zero_point"] = pack_to_int32(zeros, layer.bits, packed_dim=0).contiguous()
     return tensors

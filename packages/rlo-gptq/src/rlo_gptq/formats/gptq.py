@@ -19,7 +19,7 @@ import torch
 from rlo_core.errors import RLOError
 from torch import Tensor
 
-from rlo_gptq.formats.bitstream import WORD, pack_rows, unpack_rows
+from rlo_gptq.packing import WORD, pack_codes, unpack_codes
 
 GPTQ_BITS = (2, 3, 4, 8)
 CheckpointFormat = Literal["gptq", "gptq_v2"]
@@ -103,8 +103,8 @@ def pack_layer(
     if not bool(torch.isfinite(scales).all()):
         raise FormatError(f"layer {name!r}: scales must be finite in float16")
     return {
-        "qweight": pack_rows(layer.codes.t().contiguous(), layer.bits),
-        "qzeros": pack_rows(stored, layer.bits).t().contiguous(),
+        "qweight": pack_codes(layer.codes, layer.bits).t().contiguous(),
+        "qzeros": pack_codes(stored.t(), layer.bits),
         "scales": scales.t().contiguous(),
         "g_idx": layer.group_of.to(torch.int32),
     }
@@ -153,8 +153,8 @@ def unpack_layer(
             f"[{int(group_of.min())}, {int(group_of.max())}]"
         )
     try:
-        codes = unpack_rows(qweight, bits, in_features).t().contiguous()
-        zeros = unpack_rows(qzeros.t().contiguous(), bits, out_features).to(torch.int16)
+        codes = unpack_codes(qweight.t(), bits, in_features)
+        zeros = unpack_codes(qzeros, bits, out_features).t().to(torch.int16)
     except ValueError as error:
         raise FormatError(f"layer {name!r}: {error}") from error
     if zeros.shape[1] != groups:

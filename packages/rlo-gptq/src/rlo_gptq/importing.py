@@ -1,0 +1,218 @@
+"""A GPTQ checkpoint that someone else made, as one of ours: for evaluation and for finetuning on
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rlo_core.files import write_json
+from safetensors import safe_open
+from torch import Tensor
+
+from rlo_gptq.checkpoint import COPIED
+from rlo_gptq.export import linear_widths
+from rlo_gptq.formats.compressed import group_size_of
+from rlo_gptq.formats.gptq import (
+    GPTQ_BITS,
+    CheckpointFormat,
+    FormatError,
+    GridLayer,
+    is_symmetric,
+    unpack_layer,
+)
+from rlo_gptq.hf_quantizer import METHOD, VERSION
+from rlo_gptq.packing import pack_codes
+from rlo_gptq.settings import LayerSettings
+from rlo_gptq.source import save_tensors
+from rlo_gptq.validation import check_folder
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote: the folder, the settings read off the checkpoint, and its layers."""
+
+    folder: Path
+    settings: LayerSettings
+    layers: int
+
+
+def import_checkpoint(folder: Path, out: Path) -> Imported:
+    """Write a GPTQ checkpoint (version 1 or 2, 2/3/4/8 bits) in our format, shard by shard.
+
+    Codes, scales and zeros carry over exactly, so that the outputs are the same to rounding.
+
+    Args:
+        folder: With `config.json` or `quantize_config.json`, and safetensors files.
+        out: The new folder; must not exist, or be empty.
+
+    Raises:
+        FormatError: it is not a GPTQ checkpoint, or one of a form that ours cannot hold (act-order
+            with groups that are not runs of columns); nothing is left behind.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FormatError(f"{str(out)!r} must be a new or empty folder; nothing is overwritten")
+    check_folder(folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    found = _quantization(folder, config)
+    bits, checkpoint_format = _read_bits(found)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        settings, layers = _write(folder, partial, config, bits, checkpoint_format)
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Imported(out, settings, layers)
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    found = config.get("quantization_config")
+    if found is None and (folder / "quantize_config.json").is_file():
+        found = json.loads((folder / "quantize_config.json").read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise FormatError(f"{str(folder)!r} must have a GPTQ quantization_config, got {found!r}")
+    # Old quantize_config.json files name no method: they are GPTQ's own.
+    if found.get("quant_method", "gptq") != "gptq":
+        raise FormatError(f"quant_method must be 'gptq', got {found['quant_method']!r}")
+    return found
+
+
+def _read_bits(found: Mapping[str, Any]) -> tuple[int, CheckpointFormat]:
+    bits = found.get("bits")
+    if type(bits) is not int or bits not in GPTQ_BITS:
+        raise FormatError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
+    name = found.get("checkpoint_format") or found.get("format") or "gptq"
+    if name == "gptq":
+        return bits, "gptq"
+    if name == "gptq_v2":
+        return bits, "gptq_v2"
+    raise FormatError(f"checkpoint_format must be 'gptq' or 'gptq_v2', got {name!r}")
+
+
+def _write(
+    folder: Path, out: Path, config: dict[str, Any], bits: int, checkpoint_format: CheckpointFormat
+) -> tuple[LayerSettings, int]:
+    files = _files(folder)
+    where = {name: file for file, names in files.items() for name in names}
+    layers = sorted(name.removesuffix(".qweight") for name in where if name.endswith(".qweight"))
+    if not layers:
+        raise FormatError(f"{str(folder)!r} has no layer with a qweight")
+
+    def read(name: str) -> Tensor:
+        with safe_open(folder / where[name], framework="pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+        return tensor
+
+    def layer_of(name: str) -> GridLayer:
+        parts = {p: read(f"{name}.{p}") for p in _PARTS if f"{name}.{p}" in where}
+        return unpack_layer(name, parts, bits=bits, checkpoint_format=checkpoint_format)
+
+    widths = linear_widths(folder)
+    blocks, modules = _module_table(layers, widths)
+    sym, sizes = True, set()
+    for name in layers:
+        layer = layer_of(name)
+        if widths.get(name) != layer.codes.shape[1]:
+            raise FormatError(
+                f"layer {name!r} must have {widths.get(name, 'no')} inputs in this model's class, "
+                f"got {layer.codes.shape[1]}"
+            )
+        sym = sym and is_symmetric(layer)
+        sizes.add(group_size_of(name, layer))
+    if len(sizes) > 1:
+        raise FormatError(f"layers must share one group size, got {sorted(sizes)}")
+    settings = LayerSettings(
+        bits=bits, method="gptq", group_size=sizes.pop(), sym=sym, integer_zero=True
+    )
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file, names in files.items():
+        new: dict[str, Tensor] = {}
+        for name in names:
+            owner, _, part = name.rpartition(".")
+            if f"{owner}.qweight" not in where or part == "bias":
+                new[name] = read(name)
+            elif part == "qweight":
+                new.update(_packed(owner, layer_of(owner), settings))
+        save_tensors(out / file, new)
+        weight_map.update(dict.fromkeys(new, file))
+        size += (out / file).stat().st_size
+    if len(files) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(out / "model.safetensors.index.json", index)
+    elif set(files) != {"model.safetensors"}:  # auto-gptq's gptq_model-4bit-128g.safetensors
+        (out / next(iter(files))).replace(out / "model.safetensors")
+    quantization = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "settings": settings.to_dict(),
+        "blocks": blocks,
+        "modules": modules,
+        "split_experts": False,
+    }
+    write_json(out / "config.json", {**config, "quantization_config": quantization})
+    for name in COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    return settings, len(layers)
+
+
+def _files(folder: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors in each weight file."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise FormatError(f"{str(folder)!r} has no safetensors file")
+    files = {}
+    for name in names:
+        with safe_open(folder / name, framework="pt") as stored:
+            files[name] = sorted(stored.keys())
+    return files
+
+
+def _packed(name: str, layer: GridLayer, settings: LayerSettings) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.weight": pack_codes(layer.codes, settings.bits),
+        f"{name}.scales": layer.scales.to(getattr(torch, settings.scale_dtype)),
+    }
+    if not settings.sym:
+        tensors[f"{name}.zeros"] = layer.zeros.to(getattr(torch, settings.scale_dtype))
+    return tensors
+
+
+def _module_table(
+    layers: list[str], widths: Mapping[str, int]
+) -> tuple[str, dict[str, list[int] | None]]:
+    """Return the path of the blocks, and for each layer inside a block the blocks that have it."""
+    blocks = ""
+    where: dict[str, list[int]] = {}
+    for name in layers:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is None:
+            raise FormatError(f"layer {name!r} must be inside a numbered decoder block")
+        path = ".".join(parts[:number])
+        if blocks and path != blocks:
+            raise FormatError(f"layers must be in one list of blocks, got {blocks!r} and {path!r}")
+        blocks = path
+        index = int(parts[number])
+        where.setdefault(".".join(parts[number + 1 :]), []).append(index)
+    count = len(
+        {n[len(blocks) + 1 :].partition(".")[0] for n in widths if n.startswith(f"{blocks}.")}
+    )
+    return blocks, {n: None if len(i) == count else sorted(i) for n, i in where.items()}

@@ -1,0 +1,120 @@
+import json
+import warnings
+
+import pytest
+import rlo_gptq
+import torch
+from rlo_gptq.export import export_checkpoint
+from rlo_gptq.formats.gptq import FormatError, unpack_layer
+from rlo_gptq.importing import import_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+TOKENS = torch.arange(20)[None]
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def logits(folder):
+    with torch.no_grad():
+        return rlo_gptq.load(folder, dtype=torch.float32)(TOKENS).logits
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compressed_tensors_gives_the_same_logits_in_transformers(
+    make_checkpoint, tmp_path, bits, sym
+):
+    ours = make_checkpoint(bits=bits, sym=sym, group_size=32)
+    export_checkpoint(ours, tmp_path / "out", format="compressed-tensors")
+    # With packed zero points transformers 5.23 only loads through its dequantizing path: its empty
+    # model keeps them unpacked.
+    options = {} if sym else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, **options
+        )
+    with torch.no_grad():
+        found = theirs(TOKENS).logits
+    assert torch.allclose(found, logits(ours), atol=1e-5)
+
+
+@pytest.mark.parametrize(("sym", "version"), [(True, "gptq"), (False, "gptq_v2")])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_files_hold_the_same_weights(make_checkpoint, tmp_path, bits, sym, version):
+    ours = make_checkpoint(bits=bits, sym=sym, group_size=32)
+    exported = export_checkpoint(ours, tmp_path / "out", format="gptq")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert exported.checkpoint_format == config["checkpoint_format"] == version
+    assert exported.layers == 14
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    parts = {p: stored[f"{LAYER}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx")}
+    weight = unpack_layer(LAYER, parts, bits=bits, checkpoint_format=version).dequantize()
+    module = rlo_gptq.load(ours).get_submodule(LAYER)
+    assert torch.equal(weight, module.dequantize())
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_importing_what_was_exported_gives_the_same_logits(make_checkpoint, tmp_path, bits, sym):
+    ours = make_checkpoint(bits=bits, sym=sym, group_size=32, skip=("down_proj",))
+    export_checkpoint(ours, tmp_path / "gptq", format="gptq")
+    imported = import_checkpoint(tmp_path / "gptq", tmp_path / "back")
+    assert (imported.settings.bits, imported.settings.sym, imported.layers) == (bits, sym, 12)
+    assert torch.equal(logits(tmp_path / "back"), logits(ours))
+
+
+def test_layers_that_were_left_out_are_named_for_each_reader(make_checkpoint, tmp_path):
+    export_checkpoint(make_checkpoint(skip=("down_proj",)), tmp_path / "out", format="gptq")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert ["mlp.down_proj"] not in config["modules_in_block_to_quantize"]
+    assert list(config["dynamic"]) == [
+        r"-:^model\.layers\.0\.mlp\.down_proj$",
+        r"-:^model\.layers\.1\.mlp\.down_proj$",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"incoherence": "hadamard"},
+            "rotated or rescaled at run time cannot be exported; quantize with",
+        ),
+        ({"integer_zero": False}, "zeros must be integers to be exported, got 1.5; quantize with"),
+        ({"hidden": 48}, "its output width must be a multiple of 32 for the GPTQ format, got 48"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(
+    make_checkpoint, tmp_path, settings, message
+):
+    ours = make_checkpoint(**settings)
+    with pytest.raises(FormatError, match=message):
+        export_checkpoint(ours, tmp_path / "out", format="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_an_existing_folder_is_not_overwritten(make_checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("")
+    with pytest.raises(FormatError, match="must be a new or empty folder; nothing is overwritten"):
+        export_checkpoint(make_checkpoint(), tmp_path / "out", format="gptq")
+
+
+def test_a_checkpoint_of_another_method_is_not_imported(make_checkpoint, tmp_path):
+    with pytest.raises(FormatError, match="quant_method must be 'gptq', got 'rlo-gptq'"):
+        import_checkpoint(make_checkpoint(), tmp_path / "out")
+
+
+def test_act_order_with_groups_is_refused_by_name(make_checkpoint, tmp_path):
+    export_checkpoint(make_checkpoint(group_size=32), tmp_path / "gptq", format="gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"].flip(0).contiguous()
+    from rlo_gptq.source import save_tensors
+
+    save_tensors(file, tensors)
+    with pytest.raises(FormatError, match=f"{LAYER}.*groups must be runs of equal length"):
+        import_checkpoint(tmp_path / "gptq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
