@@ -1,0 +1,117 @@
+"""Whole models: bits x methods x incoherence -> perplexity, bytes, seconds.
+
+`python benchmarks/bench_models.py stories --data DIR` quantizes stories260k;
+`... smollm2 --data DIR --model DIR_OR_GGUF` SmolLM2-135M. DIR is the folder of real data. Calibration
+and evaluation texts do not overlap. Results are written after every model, so that a run that is
+stopped keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write_results
+from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.evaluate import evaluate_perplexity
+from rlo_gptq.pipeline import Options
+from rlo_gptq.settings import LayerSettings
+
+METHODS = ("nearest", "gptq", "ldlq", "ldlqRG", "allbal", "ldlbal_admm")
+HELD_OUT = 400
+
+
+def split_stories(data: Path, folder: Path) -> Path:
+    """The last 400 stories are for evaluation, each with the model's <s> put in front by the tokenizer."""
+    text = (data / "tinystories-sample" / "stories.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    parts = {"train": stories[:-HELD_OUT], "test": stories[-HELD_OUT:]}
+    for name, part in parts.items():
+        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part), encoding="utf-8")
+    return folder
+
+
+def configurations(names: list[str]) -> list[dict[str, Any]]:
+    """`BITS:METHOD[:incoherence[:rescale]]` for each, e.g. `2:ldlqRG:hadamard`."""
+    found = []
+    for name in names:
+        bits, method, *rest = name.split(":")
+        options: dict[str, Any] = {"bits": int(bits), "method": method}
+        if rest:
+            options["incoherence"] = rest[0]
+            options["rescale"] = "rescale" in rest[1:]
+        found.append(options)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("which", choices=["stories", "smollm2"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval-tokens", type=int)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--configs", nargs="*")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names = args.configs or [
+        f"{bits}:{method}{incoherence}"
+        for bits in (4, 3, 2)
+        for method in METHODS
+        for incoherence in ("", ":hadamard:rescale")
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        if args.which == "stories":
+            model, text = str(args.data / "stories260k"), work / "text"
+            text.mkdir()
+            split_stories(args.data, text)
+        else:
+            model, text = args.model, args.data / "wikitext2-raw"
+        measure = {"context": args.context, "max_tokens": args.eval_tokens}
+        calibration = "train" if args.which == "stories" else "validation"
+        original = evaluate_perplexity(model, str(text), **measure)
+        keys = ("perplexity", "ce", "tokens", "context", "bytes")
+        records: list[dict[str, Any]] = [{"method": "original", **{k: original[k] for k in keys}}]
+        for number, settings in enumerate(configurations(names)):
+            folder = work / f"model-{number}"
+            options = Options(
+                model=model,
+                dataset=str(text),
+                layer=LayerSettings(**settings),
+                nsamples=args.nsamples,
+                seqlen=args.seqlen,
+                split=calibration,
+            )
+            begin, cpu = time.perf_counter(), time.process_time()
+            made = run_quantization(options, folder, progress=False)
+            assert made is not None
+            taken = {
+                "cpu_seconds": round(time.process_time() - cpu, 2),
+                "wall_seconds": round(time.perf_counter() - begin, 2),
+            }
+            result = evaluate_perplexity(str(folder), str(text), **measure)
+            records.append(
+                {
+                    **settings,
+                    **{key: result[key] for key in keys},
+                    **taken,
+                    "mean_proxy": made["mean_proxy"],
+                    "bits_per_weight": made["bits_per_weight"],
+                    "nsamples": args.nsamples,
+                    "seqlen": args.seqlen,
+                    "calibration": calibration,
+                }
+            )
+            print(records[-1], flush=True)
+            write_results(f"models_{args.which}", records)
+
+
+if __name__ == "__main__":
+    main()
