@@ -13,7 +13,7 @@ from rlo_core.functional import IGNORE_INDEX, Reduction, apply_link
 from rlo_core.linear.arguments import Impl, check_linear
 from rlo_core.linear.cce import cce_rows, check_cce
 from rlo_core.linear.codes import encode, is_built_in
-from rlo_core.linear.ops import linear_loss_rows, linear_loss_sum
+from rlo_core.linear.ops import LossRows, LossSum, linear_loss_rows, linear_loss_sum
 from rlo_core.linear.parallel import Shard, local_tensors
 from rlo_core.linear.plan import Plan, compute_dtype, plan_linear_loss
 from rlo_core.linear.rows import working_dtype
@@ -246,9 +246,8 @@ def _rows(
     # of the kernel's ce, whatever it is.
     inside = link if label_smoothing > 0.0 else CE()
     settings = _settings(inside, hidden, plan, shard, ignore_index, label_smoothing, softcap)
-    loss: Tensor = linear_loss_rows(
-        hidden, weight, bias, target, *settings, *_needs(hidden, weight, bias)
-    )
+    apply = linear_loss_rows if torch.compiler.is_compiling() else LossRows.apply
+    loss: Tensor = apply(hidden, weight, bias, target, *settings, *_needs(hidden, weight, bias))
     return loss if inside is link else apply_link(loss, link)
 
 
@@ -275,7 +274,8 @@ def _total(
     settings = _settings(link, hidden, plan, shard, ignore_index, label_smoothing, softcap)
     if token_weight is not None:
         token_weight = token_weight.to(working_dtype(compute_dtype(hidden)))
-    total: Tensor = linear_loss_sum(
+    apply = linear_loss_sum if torch.compiler.is_compiling() else LossSum.apply
+    total: Tensor = apply(
         hidden, weight, bias, target, token_weight, *settings, *_needs(hidden, weight, bias)
     )[0]
     return total

@@ -1,12 +1,17 @@
-"""The chunk loop as operators of torch's dispatcher, so that torch.compile keeps them whole.
+"""The chunk loop as differentiable functions, for eager calls and for torch.compile.
 
-`linear_loss_sum` has its gradients ready when it returns; `linear_loss_rows` computes the logits
-again in its backward pass, where the weight of each token becomes known. A custom operator takes
-tensors, numbers and strings only: `Settings` is what follows the tensors, in the schema's order.
+`loss_sum` has its gradients ready when it returns; `loss_rows` computes the logits again in its
+backward pass, where the weight of each token becomes known. Both exist twice over the same code: as
+an autograd function, and as an operator of torch's dispatcher that torch.compile keeps whole. An
+eager call does not go through the operator, because its first call imports torch._dynamo (5 s).
+
+An operator takes tensors, numbers and strings only: `Settings` is what follows the tensors, in the
+order of the schema.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -98,14 +103,7 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-@torch.library.custom_op(
-    "rlo_core::linear_loss_sum",
-    mutates_args=(),
-    schema=(
-        f"({TENSORS}, Tensor? factor, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def linear_loss_sum(
+def sum_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -128,32 +126,12 @@ def linear_loss_sum(
     )
 
 
-@linear_loss_sum.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    factor: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    s = Settings(*settings)
-    work = working_dtype(s.compute)
-    return (
-        hidden.new_empty((), dtype=work),
-        hidden.new_empty(target.shape, dtype=work),
-        hidden.new_empty(target.shape, dtype=work),
-        hidden.new_empty(hidden.shape if s.hidden_grad else 0, dtype=s.compute),
-        hidden.new_empty(weight.shape if s.weight_grad else 0, dtype=work),
-        hidden.new_empty(weight.shape[:1] if s.bias_grad else 0, dtype=work),
-    )
-
-
 def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, _, factor = inputs[:5]
     ctx.settings = Settings(*inputs[5:])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.factor_grad = factor is not None and factor.requires_grad
+    ctx.set_materialize_grads(False)  # else zeros of the weight's size for an unused output
     ctx.save_for_backward(hidden, weight, *output[1:])
 
 
@@ -171,13 +149,45 @@ def _sum_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*grads, None, loss * grad if ctx.factor_grad else None, *(None,) * len(s))
 
 
+class LossSum(torch.autograd.Function):
+    """`sum_forward` for eager calls."""
+
+    forward = staticmethod(sum_forward)
+    setup_context = staticmethod(_sum_context)
+    backward = staticmethod(_sum_backward)
+
+
+linear_loss_sum = torch.library.custom_op(
+    "rlo_core::linear_loss_sum",
+    sum_forward,
+    mutates_args=(),
+    schema=f"({TENSORS}, Tensor? factor, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
+)
 linear_loss_sum.register_autograd(_sum_backward, setup_context=_sum_context)
 
 
-@torch.library.custom_op(
-    "rlo_core::linear_loss_rows", mutates_args=(), schema=f"({TENSORS}, {SCHEMA}) -> Tensor"
-)
-def linear_loss_rows(
+@linear_loss_sum.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    s = Settings(*settings)
+    work = working_dtype(s.compute)
+    return (
+        hidden.new_empty((), dtype=work),
+        hidden.new_empty(target.shape, dtype=work),
+        hidden.new_empty(target.shape, dtype=work),
+        hidden.new_empty(hidden.shape, dtype=s.compute) if s.hidden_grad else hidden.new_empty(0),
+        hidden.new_empty(weight.shape, dtype=work) if s.weight_grad else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[:1], dtype=work) if s.bias_grad else hidden.new_empty(0),
+    )
+
+
+def rows_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
 ) -> Tensor:
     """Return the loss of each token, (N)."""
@@ -186,19 +196,7 @@ def linear_loss_rows(
     return run_chunks(hidden, weight, bias, target, None, s.decoded(), options).loss
 
 
-@linear_loss_rows.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
-) -> Tensor:
-    return hidden.new_empty(target.shape, dtype=working_dtype(Settings(*settings).compute))
-
-
-@torch.library.custom_op(
-    "rlo_core::linear_loss_rows_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)
-def linear_loss_rows_backward(
+def rows_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -220,6 +218,57 @@ def linear_loss_rows_backward(
     return _or_empty(dh, hidden), _or_empty(dw, hidden), _or_empty(db, hidden)
 
 
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = s = Settings(*inputs[4:])
+    if s.knobs is None:
+        ctx.link = s.decoded()  # a link of the user's own has to outlive the graph
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _rows_backward(ctx: Any, grad: Tensor, run: Any = rows_backward) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, target = ctx.saved_tensors
+    s: Settings = ctx.settings
+    found = run(grad.contiguous(), hidden, weight, bias, target, *s)
+    needs = (s.hidden_grad, s.weight_grad, s.bias_grad)
+    grads = (
+        _once(g, hidden, weight) if need else None for g, need in zip(found, needs, strict=True)
+    )
+    return (*grads, None, *(None,) * len(s))
+
+
+class LossRows(torch.autograd.Function):
+    """`rows_forward` for eager calls."""
+
+    forward = staticmethod(rows_forward)
+    setup_context = staticmethod(_rows_context)
+
+    backward = staticmethod(_rows_backward)
+
+
+linear_loss_rows = torch.library.custom_op(
+    "rlo_core::linear_loss_rows",
+    rows_forward,
+    mutates_args=(),
+    schema=f"({TENSORS}, {SCHEMA}) -> Tensor",
+)
+linear_loss_rows_backward = torch.library.custom_op(
+    "rlo_core::linear_loss_rows_backward",
+    rows_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, {TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+linear_loss_rows.register_autograd(
+    partial(_rows_backward, run=linear_loss_rows_backward), setup_context=_rows_context
+)
+
+
+@linear_loss_rows.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
+) -> Tensor:
+    return hidden.new_empty(target.shape, dtype=working_dtype(Settings(*settings).compute))
+
+
 @linear_loss_rows_backward.register_fake
 def _(
     grad: Tensor,
@@ -235,24 +284,3 @@ def _(
         weight.new_empty(weight.shape if s.weight_grad else 0),
         weight.new_empty(0) if bias is None or not s.bias_grad else bias.new_empty(bias.shape),
     )
-
-
-def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.settings = s = Settings(*inputs[4:])
-    if s.knobs is None:
-        ctx.link = s.decoded()  # a link of the user's own has to outlive the graph
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, target = ctx.saved_tensors
-    s: Settings = ctx.settings
-    found = linear_loss_rows_backward(grad.contiguous(), hidden, weight, bias, target, *s)
-    needs = (s.hidden_grad, s.weight_grad, s.bias_grad)
-    grads = (
-        _once(g, hidden, weight) if need else None for g, need in zip(found, needs, strict=True)
-    )
-    return (*grads, None, *(None,) * len(s))
-
-
-linear_loss_rows.register_autograd(_rows_backward, setup_context=_rows_context)

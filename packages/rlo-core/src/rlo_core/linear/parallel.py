@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -56,8 +57,8 @@ def local_tensors(
     one-dimensional mesh; hidden may be plain and the same on all ranks, or any DTensor.
     """
     whole = Shard(0, weight.shape[0])
-    if not dist.is_available():
-        return hidden, weight, bias, whole
+    if type(weight) in (Tensor, torch.nn.Parameter) or not dist.is_available():
+        return hidden, weight, bias, whole  # before an import that takes 2 s
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor import Shard as Sharded
 
