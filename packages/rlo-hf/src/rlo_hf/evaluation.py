@@ -1,0 +1,57 @@
+"""Token-exact evaluation: sums over rows, gathered over processes, divided once at the end.
+
+The Trainer's own `eval_loss` is a mean of per-batch means, so it moves with the batch size, and exp
+of it is a perplexity only for cross entropy and batches of equal token counts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+EvalLoss = Literal["objective", "ce"]
+
+
+class EvalSums:
+    """Sums over an evaluation: objective, its count, cross entropy, tokens.
+
+    Args:
+        eval_loss: What `eval_loss` is: the objective that is trained, or cross entropy.
+    """
+
+    def __init__(self, eval_loss: EvalLoss) -> None:
+        if eval_loss not in ("objective", "ce"):
+            raise ValueError(f"eval_loss must be 'objective' or 'ce', got {eval_loss!r}")
+        self.eval_loss = eval_loss
+        self.pending: Tensor | None = None
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def reset(self) -> None:
+        """Begin an evaluation."""
+        self.pending = None
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def gather(self, accelerator: Any) -> None:
+        """Add the pending rows of every process, those left out that only fill the last batch."""
+        if self.pending is None:
+            return
+        rows = accelerator.pad_across_processes(self.pending, dim=0, pad_index=0)
+        rows = accelerator.gather_for_metrics(rows)
+        self._sums += rows.double().sum(0).cpu()
+        self.pending = None
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return `loss`, `objective`, `ce`, `perplexity` under a prefix; nothing without labels."""
+        objective, count, ce, tokens = self._sums.tolist()
+        if tokens == 0:
+            return {}
+        mean, mean_ce = objective / count, ce / tokens
+        return {
+            f"{prefix}_loss": mean if self.eval_loss == "objective" else mean_ce,
+            f"{prefix}_objective": mean,
+            f"{prefix}_ce": mean_ce,
+            f"{prefix}_perplexity": math.exp(mean_ce) if mean_ce < 700 else math.inf,
+        }

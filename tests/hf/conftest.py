@@ -1,0 +1,386 @@
+"""Tiny models of every kind, built from configurations, and the oracle of one update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+V = 37
+BUILDERS: dict[str, Callable[[], nn.Module]] = {}
+
+
+def builder(function: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    BUILDERS[function.__name__] = function
+    return function
+
+
+@builder
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@builder
+def opt() -> nn.Module:
+    config = transformers.OPTConfig(
+        vocab_size=V,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _llama_like(config_type: Any, model_type: Any, **more: Any) -> nn.Module:
+    config = config_type(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+        **more,
+    )
+    return model_type(config)
+
+
+@builder
+def llama() -> nn.Module:
+    return _llama_like(transformers.LlamaConfig, transformers.LlamaForCausalLM)
+
+
+@builder
+def qwen2() -> nn.Module:
+    return _llama_like(transformers.Qwen2Config, transformers.Qwen2ForCausalLM)
+
+
+@builder
+def gemma2() -> nn.Module:
+    return _llama_like(
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        head_dim=8,
+        final_logit_softcapping=3.0,
+    )
+
+
+@builder
+def cohere() -> nn.Module:
+    return _llama_like(transformers.CohereConfig, transformers.CohereForCausalLM, logit_scale=0.25)
+
+
+@builder
+def granite() -> nn.Module:
+    return _llama_like(
+        transformers.GraniteConfig, transformers.GraniteForCausalLM, logits_scaling=8.0
+    )
+
+
+@builder
+def mixtral() -> nn.Module:
+    return _llama_like(
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
+
+
+@builder
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=V,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@builder
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=V,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+def _bert(model_type: Any, **more: Any) -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        **more,
+    )
+    return model_type(config)
+
+
+@builder
+def bert_mlm() -> nn.Module:
+    return _bert(transformers.BertForMaskedLM)
+
+
+@builder
+def bert_token() -> nn.Module:
+    return _bert(transformers.BertForTokenClassification, num_labels=5)
+
+
+@builder
+def bert_sequence() -> nn.Module:
+    return _bert(transformers.BertForSequenceClassification, num_labels=5)
+
+
+@builder
+def bert_multi_label() -> nn.Module:
+    return _bert(
+        transformers.BertForSequenceClassification,
+        num_labels=5,
+        problem_type="multi_label_classification",
+    )
+
+
+@builder
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=5,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+CAUSAL = ("gpt2", "opt", "llama", "qwen2", "gemma2", "cohere", "granite")
+SEQ2SEQ = ("t5", "bart")
+POOLED = ("bert_sequence", "bert_multi_label", "vit")
+ALL = (*CAUSAL, *SEQ2SEQ, "bert_mlm", "bert_token", *POOLED)
+
+
+def build(name: str) -> nn.Module:
+    """Return the model with weights large enough that losses differ, and without dropout."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = BUILDERS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def examples(name: str, count: int = 8, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Return examples of different lengths, some labels ignored."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(length: int, low: int = 3) -> Tensor:
+        return torch.randint(low, V, (length,), generator=g)
+
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        length = 4 + (5 * i) % 9
+        if name == "vit":
+            rows.append({"pixel_values": torch.randn(3, 8, 8, generator=g), "labels": i % 5})
+            continue
+        row: dict[str, Any] = {"input_ids": ids(length)}
+        if name in CAUSAL or name == "mixtral":
+            row["labels"] = row["input_ids"].clone()
+            row["labels"][: i % 4] = -100
+        elif name in SEQ2SEQ:
+            row["labels"] = ids(3 + (7 * i) % 6)
+        elif name == "bert_mlm":
+            row["labels"] = torch.where(torch.rand(length, generator=g) < 0.5, ids(length), -100)
+        elif name == "bert_token":
+            row["labels"] = torch.randint(5, (length,), generator=g)
+        elif name == "bert_sequence":
+            row["labels"] = i % 5
+        elif name == "bert_multi_label":
+            row["labels"] = torch.randint(2, (5,), generator=g).float()
+        rows.append(row)
+    return rows
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad to the longest row of the batch, labels with -100."""
+    batch: dict[str, Tensor] = {}
+    if "pixel_values" in rows[0]:
+        batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
+    else:
+        ids = [row["input_ids"] for row in rows]
+        batch["input_ids"] = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        lengths = torch.tensor([len(row) for row in ids])
+        steps = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (steps < lengths.unsqueeze(1)).long()
+    labels = [row["labels"] for row in rows]
+    if isinstance(labels[0], int):
+        batch["labels"] = torch.tensor(labels)
+    elif labels[0].is_floating_point():
+        batch["labels"] = torch.stack(labels)
+    else:
+        batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    return batch
+
+
+def scores_and_labels(
+    model: nn.Module, name: str, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return aligned logits and labels of one batch, by hand."""
+    labels = batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if name in SEQ2SEQ:
+        start = model.config.decoder_start_token_id
+        shifted = torch.cat([torch.full((len(labels), 1), start), labels[:, :-1]], dim=1)
+        inputs["decoder_input_ids"] = shifted.masked_fill(
+            shifted == -100, model.config.pad_token_id
+        )
+    logits = model(**inputs).logits
+    if name in CAUSAL or name == "mixtral":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def rooted_mean(pairs: list[tuple[Tensor, Tensor]], k: float) -> Tensor:
+    """Return the mean of k (1 - p^(1/k)) over every kept label of all batches, from the formula."""
+    total, count = torch.zeros(()), 0
+    for logits, labels in pairs:
+        if labels.is_floating_point():
+            p = torch.where(labels > 0.5, logits.sigmoid(), (-logits).sigmoid())
+            total, count = total + (k * (1 - p ** (1 / k))).sum(), count + labels.numel()
+            continue
+        kept = labels != -100
+        log_p = logits[kept].log_softmax(-1).gather(-1, labels[kept].unsqueeze(-1))
+        total = total + (k * (1 - (log_p / k).exp())).sum()
+        count += int(kept.sum())
+    return total / count
+
+
+def gradients(model: nn.Module) -> Tensor:
+    """Return all gradients as one vector."""
+    return torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    )
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+class GrabGradients(transformers.TrainerCallback):
+    """Keeps the gradient that the first update has, before any clipping."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.value is None:
+            self.value = gradients(kwargs["model"])
+
+
+def arguments(tmp_path: Any, **more: Any) -> transformers.TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "max_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+    }
+    return transformers.TrainingArguments(**{**options, **more})
+
+
+def update_of(
+    trainer_type: Any, model: nn.Module, rows: list[dict[str, Any]], args: Any, **more: Any
+) -> Tensor:
+    """Return the gradient of one update."""
+    grab = GrabGradients()
+    trainer = trainer_type(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[grab],
+        **more,
+    )
+    trainer.train()
+    assert grab.value is not None
+    return grab.value
+
+
+def expected_gradient(name: str, rows: list[dict[str, Any]], k: float) -> Tensor:
+    """Return the gradient of the one mean over all rows, computed by hand."""
+    model = build(name).train()
+    rooted_mean([scores_and_labels(model, name, collate(rows))], k).backward()
+    return gradients(model)
+
+
+@pytest.fixture(scope="session")
+def hf() -> SimpleNamespace:
+    """The functions of this file, for the tests of this folder."""
+    return SimpleNamespace(
+        V=V,
+        GrabGradients=GrabGradients,
+        arguments=arguments,
+        build=build,
+        collate=collate,
+        examples=examples,
+        expected_gradient=expected_gradient,
+        gradients=gradients,
+        relative_error=relative_error,
+        rooted_mean=rooted_mean,
+        scores_and_labels=scores_and_labels,
+        update_of=update_of,
+    )

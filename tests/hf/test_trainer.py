@@ -1,0 +1,400 @@
+"""`Trainer(loss=...)`: the gradient of an update against the formula, for every task."""
+
+import functools
+import logging
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from rlo_core import RootedLoss, SpecError, rooted_loss
+from rlo_core.errors import RLOError
+from rlo_hf import Seq2SeqTrainer, Trainer, rlo
+
+CAUSAL = ("gpt2", "opt", "llama", "qwen2", "gemma2", "cohere", "granite")
+SEQ2SEQ = ("t5", "bart")
+OTHER = ("bert_mlm", "bert_token", "bert_sequence", "bert_multi_label", "vit")
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ, *OTHER])
+def test_an_update_has_the_gradient_of_the_one_mean_over_all_labels(
+    tmp_path, hf, name, batch, steps
+):
+    rows = hf.examples(name)
+    args = hf.arguments(
+        tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+    )
+    got = hf.update_of(Trainer, hf.build(name), rows, args, loss="rlo:k=5", linear="off")
+    assert hf.relative_error(got, hf.expected_gradient(name, rows, 5.0)) < 2e-6
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_fused_path_has_the_same_gradient_and_holds_no_logits(tmp_path, hf, name, monkeypatch):
+    rows, model, widths = hf.examples(name), hf.build(name), set()
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def watched(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            widths.add(output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    args = hf.arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    got = hf.update_of(Trainer, model, rows, args, loss="rlo:k=5", linear="fused")
+    monkeypatch.undo()
+    assert widths == {1}
+    assert hf.relative_error(got, hf.expected_gradient(name, rows, 5.0)) < 2e-6
+
+
+def test_an_update_of_cross_entropy_is_that_of_the_stock_trainer(tmp_path, hf):
+    rows = hf.examples("llama")
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    stock = hf.update_of(
+        transformers.Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, **args)
+    )
+    ours = hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, **args), loss="ce")
+    assert hf.relative_error(ours, stock) < 1e-6
+
+
+def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, hf):
+    """The stock Trainer drops it with any compute_loss_func: the model adds it to its own loss."""
+    rows, args = hf.examples("mixtral"), hf.arguments(tmp_path)
+    stock = hf.update_of(transformers.Trainer, hf.build("mixtral"), rows, args)
+    ours = hf.update_of(Trainer, hf.build("mixtral"), rows, args, loss="ce")
+    model = hf.build("mixtral")
+    model.config.router_aux_loss_coef = 0.0
+    without = hf.update_of(Trainer, model, rows, args, loss="ce")
+    assert hf.relative_error(ours, stock) < 1e-6
+    assert hf.relative_error(without, stock) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert_sequence"])
+@pytest.mark.parametrize("linear", ["off", "auto"])
+def test_label_smoothing_is_the_expectation_over_the_smoothed_label(tmp_path, hf, name, linear):
+    rows = hf.examples(name)
+    args = hf.arguments(tmp_path, label_smoothing_factor=0.2)
+    got = hf.update_of(Trainer, hf.build(name), rows, args, loss="rlo:k=5", linear=linear)
+    model = hf.build(name).train()
+    logits, labels = hf.scores_and_labels(model, name, hf.collate(rows))
+    kept = labels != -100
+    p = logits[kept].softmax(-1)
+    losses = 5 * (1 - p ** (1 / 5))
+    y = labels[kept].unsqueeze(-1)
+    (0.8 * losses.gather(-1, y).squeeze(-1) + 0.2 * losses.mean(-1)).mean().backward()
+    assert hf.relative_error(got, hf.gradients(model)) < 2e-6
+
+
+def doubled(logits, target):
+    """A foreign loss: a mean, without options."""
+    return 2.0 * F.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize(
+    ("loss", "like", "factor"),
+    [
+        (rlo, "rlo", 1.0),
+        (rlo(k=5), "rlo:k=5", 1.0),
+        (RootedLoss, "rlo", 1.0),
+        (rooted_loss, "rlo", 1.0),
+        (torch.nn.CrossEntropyLoss(), "ce", 1.0),
+        (torch.nn.CrossEntropyLoss, "ce", 1.0),
+        (doubled, "ce", 2.0),
+        (lambda logits, target: 2 * F.cross_entropy(logits, target, reduction="none"), "ce", 2.0),
+    ],
+)
+def test_a_class_a_module_and_a_callable_are_losses_too(tmp_path, hf, loss, like, factor):
+    rows = hf.examples("llama")
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    got = hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, **args), loss=loss)
+    expected = hf.update_of(
+        Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, **args), loss=like, linear="off"
+    )
+    assert hf.relative_error(got, factor * expected) < 2e-6
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_class_weights_divide_by_their_sum_over_the_whole_update(tmp_path, hf, steps):
+    weight = torch.tensor([1.0, 5.0, 0.2, 2.0, 1.0])
+    rows = hf.examples("bert_token")
+    args = hf.arguments(
+        tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps
+    )
+    loss = RootedLoss(k=5, weight=weight)
+    got = hf.update_of(Trainer, hf.build("bert_token"), rows, args, loss=loss)
+    model = hf.build("bert_token").train()
+    logits, labels = hf.scores_and_labels(model, "bert_token", hf.collate(rows))
+    rooted_loss(logits.flatten(0, 1), labels.flatten(), k=5, weight=weight).backward()
+    assert hf.relative_error(got, hf.gradients(model)) < 2e-6
+
+
+def test_the_ignore_index_of_a_criterion_is_honoured(tmp_path, hf):
+    rows = hf.examples("bert_token")
+    args = hf.arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    got = hf.update_of(
+        Trainer, hf.build("bert_token"), rows, args, loss=RootedLoss(k=5, ignore_index=2)
+    )
+    for row in rows:
+        row["labels"] = row["labels"].masked_fill(row["labels"] == 2, -100)
+    assert hf.relative_error(got, hf.expected_gradient("bert_token", rows, 5.0)) < 2e-6
+
+
+def test_labels_under_another_name_are_found(tmp_path, hf):
+    rows = hf.examples("llama")
+    expected = hf.expected_gradient("llama", rows, 3.0)
+
+    def collate(batch):
+        inputs = hf.collate(batch)
+        inputs["answers"] = inputs.pop("labels")
+        return inputs
+
+    grab = hf.GrabGradients()
+    trainer = Trainer(
+        hf.build("llama"),
+        hf.arguments(tmp_path, label_names=["answers"]),
+        collate,
+        rows,
+        callbacks=[grab],
+    )
+    trainer.train()
+    assert hf.relative_error(grab.value, expected) < 2e-6
+
+
+def test_labels_that_are_shifted_already_are_not_shifted_again(tmp_path, hf):
+    rows = hf.examples("llama")
+
+    def collate(batch):
+        inputs = hf.collate(batch)
+        inputs["shift_labels"] = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        return inputs
+
+    grab = hf.GrabGradients()
+    args = hf.arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    Trainer(hf.build("llama"), args, collate, rows, loss="rlo:k=5", callbacks=[grab]).train()
+    assert hf.relative_error(grab.value, hf.expected_gradient("llama", rows, 5.0)) < 2e-6
+
+
+@pytest.mark.parametrize("linear", ["off", "fused"])
+def test_packed_rows_have_the_gradient_of_padded_ones(tmp_path, hf, linear):
+    rows = hf.examples("llama")
+    packer = transformers.DataCollatorWithFlattening()
+    lists = [{key: value.tolist() for key, value in row.items()} for row in rows]
+    grab = hf.GrabGradients()
+    args = hf.arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    Trainer(
+        hf.build("llama"), args, packer, lists, loss="rlo:k=5", callbacks=[grab], linear=linear
+    ).train()
+    assert hf.relative_error(grab.value, hf.expected_gradient("llama", rows, 5.0)) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert_token", "bert_multi_label", "vit"])
+def test_evaluation_is_exact_whatever_the_batch_size(tmp_path, hf, name):
+    rows, model = hf.examples(name, 7), hf.build(name).eval()
+    logits, labels = hf.scores_and_labels(model, name, hf.collate(rows))
+    objective = hf.rooted_mean([(logits, labels)], 5.0).item()
+    if labels.is_floating_point():
+        ce = F.binary_cross_entropy_with_logits(logits, labels).item()
+    else:
+        ce = F.cross_entropy(logits.flatten(0, -2), labels.flatten()).item()
+    for batch in (1, 3, 7):
+        trainer = Trainer(
+            model,
+            hf.arguments(tmp_path, per_device_eval_batch_size=batch),
+            hf.collate,
+            eval_dataset=rows,
+            loss="rlo:k=5",
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(objective, rel=1e-5)
+        assert metrics["eval_ce"] == pytest.approx(ce, rel=1e-5)
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
+
+
+def test_evaluation_can_report_cross_entropy_as_its_loss(tmp_path, hf):
+    trainer = Trainer(
+        hf.build("llama"),
+        hf.arguments(tmp_path),
+        hf.collate,
+        eval_dataset=hf.examples("llama"),
+        eval_loss="ce",
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_ce"] != metrics["eval_objective"]
+
+
+def test_predict_returns_logits_labels_and_the_same_metrics(tmp_path, hf):
+    rows = hf.examples("bert_sequence")
+    trainer = Trainer(hf.build("bert_sequence"), hf.arguments(tmp_path), hf.collate)
+    output = trainer.predict(rows)
+    assert output.predictions.shape == (8, 5)
+    assert output.label_ids.tolist() == [row["labels"] for row in rows]
+    assert output.metrics["test_perplexity"] == pytest.approx(math.exp(output.metrics["test_ce"]))
+
+
+def test_tuple_outputs_evaluate_to_the_same_logits(tmp_path, hf):
+    model, rows = hf.build("bert_sequence"), hf.examples("bert_sequence")
+    expected = Trainer(model, hf.arguments(tmp_path), hf.collate).predict(rows).predictions
+    model.config.return_dict = False
+    got = Trainer(model, hf.arguments(tmp_path), hf.collate).predict(rows).predictions
+    assert (got == expected).all()
+
+
+def test_compute_loss_returns_outputs_with_logits_in_training(tmp_path, hf):
+    model = hf.build("llama").train()
+    trainer = Trainer(model, hf.arguments(tmp_path), hf.collate)
+    batch = hf.collate(hf.examples("llama"))
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs.logits.shape[-1] == hf.V
+    assert loss.item() == pytest.approx(trainer.compute_loss(model, batch).item(), rel=1e-6)
+    assert "labels" in batch
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_generation_in_evaluation_reports_objective_and_perplexity(tmp_path, hf, name):
+    rows, model = hf.examples(name, 5), hf.build(name)
+    args = transformers.Seq2SeqTrainingArguments(
+        **{
+            **hf.arguments(tmp_path, per_device_eval_batch_size=2).to_dict(),
+            "predict_with_generate": True,
+            "generation_max_length": 6,
+        }
+    )
+    trainer = Seq2SeqTrainer(
+        model,
+        args,
+        hf.collate,
+        eval_dataset=rows,
+        loss="rlo:k=5",
+        compute_metrics=lambda prediction: {"length": prediction.predictions.shape[1]},
+    )
+    metrics = trainer.evaluate()
+    pairs = [hf.scores_and_labels(model.eval(), name, hf.collate(rows))]
+    assert metrics["eval_length"] >= 1
+    assert metrics["eval_loss"] == pytest.approx(hf.rooted_mean(pairs, 5.0).item(), rel=1e-5)
+
+
+def test_a_schedule_moves_with_the_run(tmp_path, hf):
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer.loss_objective.link.k)
+
+    trainer = Trainer(
+        hf.build("bert_sequence"),
+        hf.arguments(tmp_path, max_steps=4),
+        hf.collate,
+        hf.examples("bert_sequence"),
+        loss="rlo:k=2,warmup=0.5",
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    assert seen == [math.inf, 4.0, 2.0, 2.0]
+
+
+def test_a_batch_without_labels_to_train_on_is_a_zero(tmp_path, hf):
+    rows = hf.examples("llama", 2)
+    for row in rows:
+        row["labels"].fill_(-100)
+    for linear in ("off", "fused"):
+        got = hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path), linear=linear)
+        assert got.abs().max() == 0
+
+
+@pytest.mark.parametrize("linear", ["off", "fused"])
+def test_bfloat16_and_checkpointing_keep_the_gradient(tmp_path, hf, linear):
+    rows = hf.examples("llama")
+    expected = hf.expected_gradient("llama", rows, 5.0)
+    plain = hf.arguments(
+        tmp_path,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )
+    model = hf.build("llama")
+    got = hf.update_of(Trainer, model, rows, plain, loss="rlo:k=5", linear=linear)
+    assert hf.relative_error(got, expected) < 2e-6
+    half = hf.arguments(tmp_path, bf16=True)
+    got = hf.update_of(Trainer, hf.build("llama"), rows, half, loss="rlo:k=5", linear=linear)
+    assert hf.relative_error(got, expected) < 0.04  # bfloat16 has 3 digits
+
+
+def test_the_path_that_runs_is_said_once(tmp_path, hf, caplog):
+    rows = hf.examples("llama")
+    with caplog.at_level(logging.WARNING, logger="rlo_hf.trainer"):
+        hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, max_steps=2))
+        hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path), linear="off")
+    assert [record.getMessage() for record in caplog.records] == [
+        "loss rlo, linear path: fused",
+        "loss rlo, linear path: logits (linear='off')",
+    ]
+
+
+def test_what_the_fused_path_cannot_do_is_refused_with_the_reason(tmp_path, hf):
+    class OddForCausalLM(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits**3
+            return output
+
+    rows = hf.examples("llama")
+    odd = OddForCausalLM(hf.build("llama").config)
+    with pytest.raises(
+        RLOError, match=r"^linear='fused' is not possible for OddForCausalLM: its logits"
+    ):
+        hf.update_of(Trainer, odd, rows, hf.arguments(tmp_path), linear="fused")
+    with pytest.raises(RLOError, match="the loss has no link$"):
+        hf.update_of(
+            Trainer, hf.build("llama"), rows, hf.arguments(tmp_path), linear="fused", loss=doubled
+        )
+    with pytest.raises(RLOError, match=r"BertForMaskedLM: the task is token, not causal$"):
+        hf.update_of(
+            Trainer,
+            hf.build("bert_mlm"),
+            hf.examples("bert_mlm"),
+            hf.arguments(tmp_path),
+            linear="fused",
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: transformers.BertForQuestionAnswering,
+            r"^BertForQuestionAnswering has two targets per example .* question answering$",
+        ),
+        (lambda: transformers.BertModel, r"^the task of BertModel is not known; give task= one of"),
+    ],
+)
+def test_models_without_a_rooted_loss_are_refused(tmp_path, hf, make, message):
+    model = make()(hf.build("bert_mlm").config)
+    with pytest.raises(RLOError, match=message):
+        Trainer(model, hf.arguments(tmp_path), hf.collate)
+
+
+def test_regression_is_refused(tmp_path, hf):
+    config = hf.build("bert_sequence").config
+    config.num_labels = 1
+    model = transformers.BertForSequenceClassification(config)
+    with pytest.raises(RLOError, match=r"regression \(num_labels=1, problem_type=None\); a rooted"):
+        Trainer(model, hf.arguments(tmp_path), hf.collate)
+
+
+def test_wrong_arguments_are_refused(tmp_path, hf):
+    model, args = hf.build("llama"), hf.arguments(tmp_path)
+    with pytest.raises(SpecError, match=r"^unknown loss 'rol'; did you mean 'rlo'\?"):
+        Trainer(model, args, loss="rol")
+    with pytest.raises(TypeError, match=r"^loss must be a spec, a criterion, its class or a call"):
+        Trainer(model, args, loss=3)
+    with pytest.raises(ValueError, match=r"^linear must be 'auto', 'fused' or 'off', got 'on'$"):
+        Trainer(model, args, linear="on")
+    with pytest.raises(RLOError, match=r"^compute_loss_func and loss are the same slot"):
+        Trainer(model, args, compute_loss_func=doubled)
+    smoothed = hf.arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(SpecError, match=r"^label smoothing is given twice, as 0.3 in the loss"):
+        Trainer(model, smoothed, loss=RootedLoss(label_smoothing=0.3))
+    with pytest.raises(SpecError, match=r"^loss 'doubled' has no link, so it cannot honour lab"):
+        Trainer(model, smoothed, loss=doubled)
