@@ -147,6 +147,7 @@ def main(config_file: Path, data: str | None, out: Path) -> None:
     results = Results(out, config)
     models = [("lr", math.inf, "convex")]
     models += [(f"{form}/k={k}", float(k), form) for form in config["forms"] for k in config["k"]]
+    paths = config["path_seeds_below"]
     for table in config["tables"]:
         X, y = load_table(table, data)
         for seed in config["seeds"]:
@@ -163,7 +164,7 @@ def main(config_file: Path, data: str | None, out: Path) -> None:
                         "seed": s,
                         "model": n,
                         **accuracy(config, p, k, f, s),
-                        **path(config, p, k, f),
+                        **(path(config, p, k, f) if s < paths.get(t, math.inf) else {}),
                     },
                 )
 

@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE.parent / "results"
 
+WHAT_TO_RUN = ("groups", "tables", "seeds", "losses", "path_seeds_below")
+
 
 class Results:
     """The JSON lines of one evidence command.
@@ -34,7 +36,7 @@ class Results:
     Args:
         path: The file; made if it is not there.
         config: The configuration; a file begun with other settings is refused
-            (`groups`, the list of what to run, may change).
+            (`WHAT_TO_RUN` may change).
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -77,8 +79,8 @@ class Results:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what every record depends on: all but the list of what to run, which may grow."""
-    return {key: value for key, value in config.items() if key != "groups"}
+    """Return what every record depends on: all but the lists of what to run, which may change."""
+    return {key: value for key, value in config.items() if key not in WHAT_TO_RUN}
 
 
 def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

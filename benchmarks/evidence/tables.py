@@ -1,0 +1,249 @@
+"""Write the tables of docs/evidence.md from the results files, between its markers.
+
+    python benchmarks/evidence/tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; text outside is left alone. A
+table whose results are not there says so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+from rlo_core.files import write_text
+from runner import RESULTS, ROOT, load_results
+
+DOCUMENT = ROOT / "docs" / "evidence.md"
+Records = list[dict[str, Any]]
+
+
+def records(name: str) -> Records:
+    """Return the records of one results file, none if it is not there."""
+    path = RESULTS / f"evidence_{name}.jsonl"
+    return load_results(path)[1] if path.exists() else []
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Iterable[float], digits: int = 1, factor: float = 1.0) -> str:
+    """Return mean and standard deviation over seeds."""
+    scaled = [v * factor for v in values]
+    mean = f"{statistics.fmean(scaled):.{digits}f}"
+    return mean if len(scaled) == 1 else f"{mean} ± {statistics.stdev(scaled):.{digits}f}"
+
+
+def difference(pairs: list[tuple[float, float]], digits: int = 1, factor: float = 1.0) -> str:
+    """Return the mean of b - a over pairs with its standard error, bold from two of them on."""
+    gaps = [(b - a) * factor for a, b in pairs]
+    mean = statistics.fmean(gaps)
+    if len(gaps) == 1:
+        return f"{mean:+.{digits}f}"
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if abs(mean) > 2 * error and abs(mean) >= 0.5 * 10**-digits else text
+
+
+def model_order(labels: Iterable[str]) -> list[str]:
+    found = set(labels)
+    form = [f"{f}/k={k}" for f in ("convex", "bounded") for k in (2, 3, 5, 8, 20)]
+    return [label for label in ["lr", *form] if label in found]
+
+
+def regression(part: str, metric: str, factor: float, digits: int) -> str:
+    """A row per table: LR as it is, and each rooted model's paired difference from it."""
+    by: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in records("regression"):
+        by[r["table"]][r["model"]][r["seed"]] = r[part][metric]
+    order = model_order(label for table in by.values() for label in table)
+    rows = [["table (splits)", *["LR" if m == "lr" else m for m in order]]]
+    for table, models in by.items():
+        base = models["lr"]
+        row = [f"{table} ({len(base)})", spread(base.values(), digits, factor)]
+        for label in order[1:]:
+            pairs = [(base[s], v) for s, v in models[label].items() if s in base]
+            row.append(difference(pairs, digits, factor) if pairs else "")
+        rows.append(row)
+    return markdown(rows)
+
+
+def regression_iterations() -> str:
+    by: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in records("regression"):
+        for solver, count in r.get("iterations", {}).items():
+            by[r["table"], solver][r["model"]].append(math.inf if count is None else count)
+    order = model_order(label for cell in by.values() for label in cell)
+    rows = [["table, solver", *["LR" if m == "lr" else m for m in order]]]
+    for (table, solver), models in by.items():
+        medians = [statistics.median(models[m]) if models[m] else math.nan for m in order]
+        shown = ["never" if math.isinf(v) else f"{v:.0f}" for v in medians]
+        rows.append([f"{table}, {solver}", *shown])
+    return markdown(rows)
+
+
+def regression_condition() -> str:
+    by: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    negative: dict[tuple[str, str], int] = defaultdict(int)
+    for r in records("regression"):
+        for at, value in r.get("conditions", {}).items():
+            by[r["table"], r["model"]][at].append(value["condition"])
+            negative[r["table"], at] += value["negative"] > 0 and r["model"] != "lr"
+    models = ["lr", "convex/k=3", "convex/k=8", "bounded/k=3", "bounded/k=8"]
+    points = ["0", "3", "10", "30", "end"]
+    rows = [["table, model", *[f"iteration {p}" if p != "end" else "optimum" for p in points]]]
+    for table in dict.fromkeys(t for t, _ in by):
+        for model in models:
+            cells = by.get((table, model), {})
+            means = [statistics.geometric_mean(cells[p]) if p in cells else 0.0 for p in points]
+            rows.append(
+                [f"{table}, {'LR' if model == 'lr' else model}", *(f"{v:.3g}" for v in means)]
+            )
+    return markdown(rows)
+
+
+def chosen(found: Records, better: Callable[[dict[str, Any]], float]) -> Records:
+    """Return, of each group of runs, those at the learning rate that its first seed was best at."""
+    groups: dict[tuple[Any, ...], Records] = defaultdict(list)
+    for r in found:
+        groups[r.get("model"), r.get("job"), r.get("noise"), r["loss"]].append(r)
+    kept: Records = []
+    for group in groups.values():
+        first = [r for r in group if r["seed"] == 0]
+        lr = max(first, key=better)["lr"]
+        kept += [r for r in group if r["lr"] == lr]
+    return kept
+
+
+def vision(model: str) -> str:
+    found = [r for r in records("vision") if r.get("model") == model and "loss" in r]
+    runs = chosen(found, lambda r: r["validation_accuracy"])
+    noises = sorted({r["noise"] for r in runs})
+    rows = [
+        ["loss"]
+        + [f"{100 * n:.0f} % noise: {w}" for n in noises for w in ("accuracy", "ECE", "lr")]
+    ]
+    rows[0] += ["epochs to target, clean"]
+    for loss in dict.fromkeys(r["loss"] for r in runs):
+        row = [f"`{loss}`"]
+        for noise in noises:
+            cell = [r for r in runs if r["loss"] == loss and r["noise"] == noise]
+            if not cell:
+                row += ["", "", ""]
+                continue
+            accuracy = [r["test"]["accuracy"] for r in cell]
+            row.append(spread(accuracy, 1, 100) + ("" if len(cell) > 1 else " (1 seed)"))
+            row.append(spread([r["test"]["ece"] for r in cell], 1, 100))
+            row.append(f"{cell[0]['lr']:g}")
+        clean = [r["epochs_to_target"] for r in runs if r["loss"] == loss and r["noise"] == 0]
+        row.append(spread(clean) if clean and None not in clean else "not in all")
+        rows.append(row)
+    return markdown(rows)
+
+
+def vision_cost() -> str:
+    rows = [["model", "loss", "ms per step", "ratio to ce"]]
+    for r in records("vision"):
+        for loss, times in r.get("step_seconds", {}).items():
+            ratio = times["median"] / r["step_seconds"]["ce"]["median"]
+            shown = f"{1000 * times['median']:.1f}"
+            rows.append([r["model"], f"`{loss}`", shown, f"{ratio:.3f}"])
+    return markdown(rows)
+
+
+def language(job: str) -> str:
+    found = [r for r in records("language") if r["job"] == job]
+    runs = chosen([r for r in found if r["loss"]], lambda r: -r["perplexity"]["validation"])
+    rows = [["loss", "lr", "seeds", "train", "held out", "other text"]]
+    for r in found:
+        if r["loss"] is None:
+            p = r["perplexity"]
+            cells = [f"{p[s]:.2f}" if s in p else "" for s in ("train", "test", "other")]
+            rows.append(["before", "", "", *cells])
+    for loss in dict.fromkeys(r["loss"] for r in runs):
+        cell = [r for r in runs if r["loss"] == loss]
+        row = [f"`{loss}`", f"{cell[0]['lr']:g}", str(len(cell))]
+        for split in ("train", "test", "other"):
+            values = [r["perplexity"][split] for r in cell if split in r["perplexity"]]
+            row.append(spread(values, 2) if values else "")
+        rows.append(row)
+    return markdown(rows)
+
+
+def quantization() -> str:
+    found = [r for r in records("quantization") if r["loss"]]
+    losses = list(dict.fromkeys(r["loss"] for r in found))
+    by: dict[tuple[int, str, str], dict[str, dict[int, Any]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for r in found:
+        by[r["bits"], r["method"], r["incoherence"]][r["loss"]][r["seed"]] = r
+    head = ["bits, method, incoherence", "seeds"]
+    for loss in losses:
+        head += [f"`{loss}` before", f"`{loss}` after", f"`{loss}` degradation"]
+    rows = [head + [f"`{loss}` - `ce`" for loss in losses if loss != "ce"]]
+    for (bits, method, incoherence), cell in sorted(by.items(), key=lambda item: item[0][0]):
+        seeds = set.intersection(*(set(cell[loss]) for loss in losses))
+        if not seeds:
+            continue
+        row = [f"{bits}, {method}, {incoherence}", str(len(seeds))]
+        for loss in losses:
+            values = [cell[loss][s] for s in sorted(seeds)]
+            row += [
+                f"{statistics.fmean(v[key] for v in values):.2f}" for key in ("before", "after")
+            ]
+            row.append(spread([v["degradation"] for v in values], 3))
+        for loss in losses:
+            if loss != "ce":
+                pairs = [
+                    (cell["ce"][s]["degradation"], cell[loss][s]["degradation"]) for s in seeds
+                ]
+                row.append(difference(pairs, 3))
+        rows.append(row)
+    return markdown(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "regression-accuracy": lambda: regression("l2", "accuracy", 100, 1),
+    "regression-accuracy-plain": lambda: regression("none", "accuracy", 100, 1),
+    "regression-log-loss": lambda: regression("l2", "log_loss", 1, 3),
+    "regression-iterations": regression_iterations,
+    "regression-condition": regression_condition,
+    "vision-resnet18": lambda: vision("resnet18"),
+    "vision-vit": lambda: vision("vit"),
+    "vision-cost": vision_cost,
+    "language-finetune": lambda: language("finetune-stories260k"),
+    "language-llama": lambda: language("scratch-llama"),
+    "language-opt": lambda: language("scratch-opt"),
+    "quantization": quantization,
+}
+
+
+def fill(text: str) -> str:
+    """Return the document with every table between its markers made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        body = TABLES[match[1]]()
+        if body.count("\n") < 2:
+            body = "Not measured."
+        return f"<!-- table: {match[1]} -->\n\n{body}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+@click.command()
+def main() -> None:
+    """Write the tables into docs/evidence.md."""
+    write_text(DOCUMENT, fill(DOCUMENT.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()
