@@ -1,9 +1,12 @@
+import importlib.util
 import json
 import warnings
 
 import pytest
 import rlo_gptq
 import torch
+from click.testing import CliRunner
+from rlo_gptq.cli import main
 from rlo_gptq.export import export_checkpoint
 from rlo_gptq.formats.gptq import FormatError, unpack_layer
 from rlo_gptq.importing import import_checkpoint
@@ -118,3 +121,30 @@ def test_act_order_with_groups_is_refused_by_name(make_checkpoint, tmp_path):
     with pytest.raises(FormatError, match=f"{LAYER}.*groups must be runs of equal length"):
         import_checkpoint(tmp_path / "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_exports_and_verifies_in_transformers(make_checkpoint, tmp_path):
+    ours = make_checkpoint(bits=3, group_size=32)
+    arguments = ["export", str(ours), "--format", "compressed-tensors", "--json"]
+    result = CliRunner().invoke(main, [*arguments, "--verify-with", "transformers"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["folder"] == str(tmp_path / "ours-compressed-tensors")
+    assert document["verified"][0]["difference"] < 1e-5
+
+
+def test_the_command_says_which_peer_is_missing(make_checkpoint):
+    if importlib.util.find_spec("gptqmodel") is not None:
+        pytest.skip("gptqmodel is installed")
+    result = CliRunner().invoke(
+        main, ["export", str(make_checkpoint()), "--verify-with", "gptqmodel"]
+    )
+    assert result.exit_code == 1
+    assert "--verify-with gptqmodel needs gptqmodel for this format; pip install" in result.output
+
+
+def test_the_command_imports(make_checkpoint, tmp_path):
+    export_checkpoint(make_checkpoint(), tmp_path / "gptq", format="gptq")
+    result = CliRunner().invoke(main, ["import", str(tmp_path / "gptq"), str(tmp_path / "back")])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("14 layers at 2 bits, group size -1, symmetric: ")

@@ -1,11 +1,25 @@
-"""The `rlo-gptq` command."""
+"""The `rlo-gptq` command. Importing this module imports no torch."""
 
 from __future__ import annotations
+
+import os
 
 import click
 from rlo_core.cli import FriendlyGroup
 
+from rlo_gptq import __version__
+from rlo_gptq.cli_evaluate import compare, evaluate, inspect
+from rlo_gptq.cli_formats import export, import_
+from rlo_gptq.cli_quantize import quantize
 
-@click.group(cls=FriendlyGroup)
+
+@click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rlo-gptq")
 def main() -> None:
-    """Placeholder group, replaced by this package's own commands."""
+    """Quantize language models at 2, 3, 4 and 8 bits; evaluate, compare, export them."""
+    # Read-only for those who set it; two processes on one machine otherwise warn at every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+for command in (quantize, evaluate, inspect, compare, export, import_):
+    main.add_command(command)
