@@ -19,8 +19,8 @@ def make_layer(m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
 
     basis, _ = torch.linalg.qr(normal(d, d))
     spectrum = torch.arange(1, d + 1) ** -0.9
-    t4 = (normal(tokens, 4).square().mean(1, keepdim=True)).rsqrt()
-    X = (normal(tokens, d) * spectrum.sqrt()) @ basis.T * t4
+    t4 = torch.stack([normal(tokens, d).square() for _ in range(4)]).mean(0).rsqrt()
+    X = (normal(tokens, d) * t4 * spectrum.sqrt()) @ basis.T
     X = X / X.std(0)
     X = X * torch.exp(0.5 * normal(d)) + 0.3 * normal(d)
     outliers = torch.randperm(d, generator=g)[: max(1, d // 100)]

@@ -23,8 +23,18 @@ _CANDIDATES = 24
 class Grid(Protocol):
     """What the rounding algorithms ask of a grid; columns are numbered as the weight's."""
 
+    scales: Tensor  # (groups, m)
+    zeros: Tensor  # (groups, m), in codes
+    group: Tensor  # (d,) the group of each column
+
     def round_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
         """Write the nearest codes and values of column j, all (m,)."""
+
+    def round_all(self, x: Tensor) -> Tensor:
+        """Return the nearest codes (d, m) of x (d, m)."""
+
+    def set_scales(self, scales: Tensor) -> None:
+        """Replace the scales, (groups, m)."""
 
     def units(self, codes: Tensor) -> Tensor:
         """Return the values (d, m) of codes (d, m) before scaling."""
@@ -60,11 +70,11 @@ class ScalarGrid:
     def __post_init__(self) -> None:
         self.top = float(2**self.bits - 1)
         self._of = self.group.tolist()
-        self.set_scales(self.scales, self.zeros)
+        self.set_scales(self.scales)
 
-    def set_scales(self, scales: Tensor, zeros: Tensor) -> None:
-        """Replace the scales and zeros."""
-        self.scales, self.zeros = scales, zeros
+    def set_scales(self, scales: Tensor) -> None:
+        """Replace the scales, (groups, m)."""
+        self.scales = scales
         self._inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
         # Lists of rows: indexing a tensor costs more than the arithmetic on 1000 elements.
         self._rows = list(zip(self._inverse, self.zeros, self.scales, strict=True))

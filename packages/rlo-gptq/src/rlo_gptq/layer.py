@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import column_groups, fit_grid, stored
+from rlo_gptq.grids import column_groups, stored
 from rlo_gptq.incoherence import Transform
-from rlo_gptq.rounding.feedback import factor, round_with_feedback
+from rlo_gptq.rounding.methods import round_matrix
+from rlo_gptq.rounding.quip import prepare, quip_round
 from rlo_gptq.settings import GridKind, LayerSettings
 
 
@@ -98,20 +99,20 @@ def quantize_layer(
         W.shape[0],
         settings.proj_extra,
     )
-    input_scale = _rescale(W, H, settings) if settings.rescale else None
-    turned, moment = W, H
-    if input_scale is not None:
-        turned, moment = W / input_scale, H * input_scale * input_scale[:, None]
-    turned = transform.rotate_weight(turned)
-    moment = transform.rotate_hessian(moment)
-    damping = settings.percdamp * moment.diagonal().mean()
-    moment = moment + damping * torch.eye(len(moment), device=moment.device)
-    codes, scales, zeros = _round(turned.T.contiguous(), moment, settings)
+    if settings.compat == "quip":
+        ready = prepare(W, H, transform, settings)
+        group_size = -1 if settings.method != "gptq" or settings.integer_zero else 1
+        rounded = quip_round(ready.weight.T.contiguous(), ready.hessian, settings, seed=seed)
+        input_scale = ready.input_scale
+    else:
+        input_scale, turned, moment = _prepare(W, H, transform, settings)
+        group_size = settings.group_size
+        rounded = round_matrix(turned.T.contiguous(), moment, settings, seed=seed)
     layer = QuantizedLayer(
-        codes=codes.T.to(torch.uint8).contiguous(),
-        scales=scales.T.contiguous(),
-        zeros=zeros.T.contiguous(),
-        group_size=settings.group_size,
+        codes=rounded.codes.T.to(torch.uint8).contiguous(),
+        scales=rounded.grid.scales.T.contiguous(),
+        zeros=rounded.grid.zeros.T.contiguous(),
+        group_size=group_size,
         bits=settings.bits,
         input_scale=input_scale,
         transform=transform,
@@ -121,15 +122,16 @@ def quantize_layer(
     return replace(layer, proxy=proxy_loss(W, layer.dequantize(), H))
 
 
-def _round(x: Tensor, H: Tensor, settings: LayerSettings) -> tuple[Tensor, Tensor, Tensor]:
-    if settings.method == "nearest":
-        grid = fit_grid(x, H.diagonal(), settings)
-        return grid.round_all(x), grid.scales, grid.zeros
-    order = torch.arange(len(H), device=H.device)
-    factors = factor(H)
-    grid = fit_grid(x, factors.diagonal, settings)
-    codes, _ = round_with_feedback(x, factors.feedback, grid, order, block_size=settings.block_size)
-    return codes, grid.scales, grid.zeros
+def _prepare(
+    W: Tensor, H: Tensor, transform: Transform, settings: LayerSettings
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the input scale, and weight and Hessian rescaled, rotated and damped."""
+    input_scale = _rescale(W, H, settings) if settings.rescale else None
+    if input_scale is not None:
+        W, H = W / input_scale, H * input_scale * input_scale[:, None]
+    turned, moment = transform.rotate_weight(W), transform.rotate_hessian(H)
+    damping = settings.percdamp * moment.diagonal().mean()
+    return input_scale, turned, moment + damping * torch.eye(len(moment), device=moment.device)
 
 
 def _rescale(W: Tensor, H: Tensor, settings: LayerSettings) -> Tensor:

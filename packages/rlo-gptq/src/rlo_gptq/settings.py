@@ -18,8 +18,8 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 METHODS: tuple[str, ...] = get_args(Method)
 BITS = (2, 3, 4, 8)
 
-# Greedy passes after each method when the user names none. More than ten lower the loss of a
-# 1024-column layer by less than 0.3 %; see benchmarks/results/bench_rounding.jsonl.
+# Greedy passes after each method when the user names none; fewer run where one changes no code,
+# which after ldlqRG is usually the fifth.
 DEFAULT_PASSES = {"ldlqRG": 10, "allbal": 10, "ldlbal_admm": 10}
 
 
@@ -97,6 +97,8 @@ class LayerSettings:
             raise ValueError(f"npasses must be 0 with unbiased rounding, got {self.npasses}")
         if self.grid == "trellis":
             self._check_trellis()
+        if self.compat is not None:
+            self._check_compat()
 
     def _check_trellis(self) -> None:
         if self.bits != 2:
@@ -110,6 +112,15 @@ class LayerSettings:
             raise ValueError(f"compat must be None with grid 'trellis', got {self.compat!r}")
         if self.method == "ldlbal_admm":
             raise ValueError("method must not be 'ldlbal_admm' with grid 'trellis'; use 'ldlqRG'")
+
+    def _check_compat(self) -> None:
+        if self.group_size != -1:
+            raise ValueError(f"group_size must be -1 with compat 'quip', got {self.group_size}")
+        if self.sym == self.integer_zero:
+            raise ValueError(
+                "compat 'quip' has two grids, sym without integer_zero (qfn b) and integer_zero "
+                f"without sym (qfn a), got sym={self.sym} and integer_zero={self.integer_zero}"
+            )
 
     @property
     def passes(self) -> int:
@@ -133,7 +144,7 @@ class LayerSettings:
         for name, value in values.items():
             if name not in fields:
                 close = difflib.get_close_matches(name, fields, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = f"; did you mean {close[0]!r}?" if close else ";"
                 raise ValueError(
                     f"unknown setting {name!r}{hint} available: {', '.join(sorted(fields))}"
                 )

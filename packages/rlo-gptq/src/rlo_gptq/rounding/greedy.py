@@ -1,0 +1,128 @@
+r"""Greedy passes: coordinate descent on the proxy loss, and least squares on the scales.
+
+A pass visits every column once and moves it to the grid value that is best with all others fixed,
+:math:`q_j \leftarrow Q(q_j - G_j / H_{jj})` for the gradient :math:`G = H (q - w)`. Because the
+move goes to the nearest *grid* value, clamped codes included, the loss cannot rise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlo_gptq.grids import Grid, stored
+from rlo_gptq.rounding.feedback import TILE
+from rlo_gptq.settings import ScaleDtype
+
+
+@dataclass
+class Rounding:
+    """A matrix being rounded; every tensor is transposed, with its rows in the order of visiting.
+
+    Args:
+        weight: w (d, m).
+        hessian: H (d, d).
+        codes: (d, m).
+        values: q (d, m), the values of the codes.
+        gradient: H (q - w), (d, m).
+        order: (d,) the number of each visited column.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    codes: Tensor
+    values: Tensor
+    gradient: Tensor
+    order: Tensor
+
+    def loss(self) -> Tensor:
+        """Return the proxy loss of every row of W, float64 (m,)."""
+        return ((self.values - self.weight) * self.gradient).sum(0, dtype=torch.float64)
+
+    def refresh(self) -> None:
+        """Recompute the gradient from the values, in place of the one kept by updates."""
+        torch.matmul(self.hessian, self.values - self.weight, out=self.gradient)
+
+
+def start(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, order: Tensor) -> Rounding:
+    """Return the state after a first rounding; all arguments in the order of visiting."""
+    values = grid.values(codes[torch.argsort(order)])[order]
+    state = Rounding(weight, hessian, codes, values, torch.empty_like(weight), order)
+    state.refresh()
+    return state
+
+
+def greedy_pass(state: Rounding, grid: Grid, *, block_size: int = 128) -> int:
+    """Visit every column once; return how many codes changed.
+
+    Exact although blocked: inside a tile the gradient is updated after every column, between tiles
+    and between blocks by one matrix product.
+    """
+    H, codes, values, gradient = state.hessian, state.codes, state.values, state.gradient
+    d = len(values)
+    columns = state.order.tolist()
+    # A column that no input moves has no best value; it keeps the one it has.
+    steps = torch.where(H.diagonal() > 0, -1 / H.diagonal(), 0.0).tolist()
+    value, target = torch.empty_like(values[0]), torch.empty_like(values[0])
+    changed = 0
+    for begin in range(0, d, block_size):
+        end = min(begin + block_size, d)
+        local = gradient[begin:end].clone()
+        moved = torch.zeros_like(local)
+        before = codes[begin:end].clone()
+        for low in range(begin, end, TILE):
+            high = min(low + TILE, end)
+            rows = slice(low - begin, high - begin)
+            if low > begin:
+                done = slice(0, low - begin)
+                local[rows].addmm_(H[low:high, begin:low], moved[done])
+            for j in range(low, high):
+                i = j - begin
+                torch.add(values[j], local[i], alpha=steps[j], out=target)
+                grid.round_column(target, columns[j], codes[j], value)
+                torch.sub(value, values[j], out=moved[i])
+                values[j].copy_(value)
+                if j + 1 < high:
+                    local[i + 1 : high - begin].addr_(H[j + 1 : high, j], moved[i])
+        changes = int((before != codes[begin:end]).sum())
+        changed += changes
+        if changes:
+            gradient.addmm_(H[:, begin:end], moved)
+    return changed
+
+
+def refit_scales(state: Rounding, grid: Grid, *, per_tensor: bool, scale_dtype: ScaleDtype) -> None:
+    r"""Move every scale to its least-squares value, group after group; the loss cannot rise.
+
+    With u the unscaled values of a group, :math:`s \leftarrow s - u^T G / u^T H u`, then rounded to
+    the type it is stored in; a scale is kept where rounding or its sign would undo the gain.
+    """
+    position = torch.empty_like(state.order)
+    position[state.order] = torch.arange(len(state.order), device=position.device)
+    units = grid.units(state.codes[position])[state.order]
+    group = grid.group[state.order]
+    scales = grid.scales.clone()
+    for g in range(scales.shape[0]):
+        rows = None if scales.shape[0] == 1 else (group == g).nonzero()[:, 0]
+        unit = units if rows is None else units[rows]
+        across = state.hessian if rows is None else state.hessian[:, rows]
+        influence = across @ unit  # H u, (d, m)
+        inside = influence if rows is None else influence[rows]
+        pull = state.gradient if rows is None else state.gradient[rows]
+        curvature, slope = (unit * inside).sum(0), (unit * pull).sum(0)
+        if per_tensor:
+            curvature, slope = curvature.sum().expand_as(slope), slope.sum().expand_as(slope)
+        best = scales[g] - slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny)
+        kept = stored(best, scale_dtype)
+        better = (curvature > 0) & (kept > 0) & ((kept - best).abs() < (scales[g] - best).abs())
+        step = torch.where(better, kept - scales[g], torch.zeros_like(kept))
+        scales[g] += step
+        state.gradient.addcmul_(influence, step)
+        moved = unit * step
+        if rows is None:
+            state.values += moved
+        else:
+            state.values[rows] += moved
+    grid.set_scales(scales)
