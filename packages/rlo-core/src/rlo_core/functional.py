@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlo_core._check import check_binary, check_classes
+from rlo_core._check import check_binary, check_classes, check_reduction
+from rlo_core._rows import is_plain, row_loss
 from rlo_core.links import CE, DFT, GCE, Focal, Link, Poly1, Rooted, RootedConvex
 
 IGNORE_INDEX = -100
@@ -131,6 +132,10 @@ def link_cross_entropy(
         ValueError, TypeError, IndexError: on the wrong shape, dtype, device, option or label; each
             message says what was expected and what was got.
     """
+    plain = weight is None and label_smoothing == 0.0 and is_plain(logits, target)
+    if plain and type(link) is not CE:
+        check_reduction(reduction)
+        return row_loss(logits, target, link, ignore_index, reduction)
     check_classes(logits, target, weight, ignore_index, label_smoothing, reduction)
     if type(link) is CE and logits.dtype not in (torch.float16, torch.bfloat16):
         return F.cross_entropy(
