@@ -176,7 +176,9 @@ class Task:
         }
 
 
-def tuned(task: Task, results: Results, model: str, loss: str, noise: float) -> None:
+def tuned(
+    task: Task, results: Results, model: str, loss: str, noise: float, grid_of: list[float]
+) -> None:
     """Measure the grid with the first seed, then the other seeds at the best learning rate."""
     seeds = task.config["seeds"]
 
@@ -186,7 +188,7 @@ def tuned(task: Task, results: Results, model: str, loss: str, noise: float) -> 
             name, lambda: task.run(model, loss, noise=noise, lr=lr, seed=seed, name=name)
         )
 
-    grid = [measure(lr, seeds[0]) for lr in task.config["models"][model]["lr"]]
+    grid = [measure(lr, seeds[0]) for lr in grid_of]
     best = max(grid, key=lambda record: record["validation_accuracy"])
     for seed in seeds[1:]:
         measure(best["lr"], seed)
@@ -232,11 +234,14 @@ def main(config_file: Path, data: str | None, out: Path, runs: Path | None) -> N
     results = Results(out, config)
     task = Task(config, data_folder("cifar10", data), runs)
     for group in config["groups"]:
+        model = group["model"]
+        grid = group.get("lr", config["models"][model]["lr"])
         for noise in group["noise"]:
             for loss in group["losses"]:
-                tuned(task, results, group["model"], loss, noise)
-        cost = f"{group['model']}/step-cost"
-        results.measure(cost, lambda g=group: step_cost(task, g["model"], config["step_cost"]))
+                tuned(task, results, model, loss, noise, grid)
+        results.measure(
+            f"{model}/step-cost", lambda m=model: step_cost(task, m, config["step_cost"])
+        )
 
 
 if __name__ == "__main__":
