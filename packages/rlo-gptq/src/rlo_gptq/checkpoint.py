@@ -171,6 +171,11 @@ def load(
     return model
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model's folder, sorted."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+
+
 def read_quantization(folder: Path) -> dict[str, Any]:
     """Return the `quantization_config` of a folder; empty for a model that is not quantized.
 

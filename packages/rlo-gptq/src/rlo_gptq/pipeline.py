@@ -5,6 +5,7 @@ disk.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from rlo_gptq.calibrate import (
     token_ids,
 )
 from rlo_gptq.experts import SplitExperts
+from rlo_gptq.fold_checkpoint import fold_checkpoint
 from rlo_gptq.layer import quantize_layer
 from rlo_gptq.models import Layout, split_all_experts
 from rlo_gptq.plan import Plan, discover
@@ -36,6 +38,7 @@ from rlo_gptq.processes import Processes
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.source import ModelSource, find_model, release, require_filled
+from rlo_gptq.token_weights import PLAIN, sequence_weights, tail, weighting_link
 from rlo_gptq.work import WorkFolder
 
 EXPERT_HESSIAN_BYTES = 1 << 30
@@ -64,6 +67,9 @@ class Options:
         offload: Keep activations in a file.
         trust_remote_code: Let transformers run code from the model's folder.
         split: Of the data set; None for "train", else "validation".
+        hessian: "plain", or a loss spec by whose slope calibration tokens are weighted.
+        hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
+        rotate: "fold" folds random rotations into the weights before anything else.
     """
 
     model: str
@@ -78,6 +84,9 @@ class Options:
     offload: bool = False
     trust_remote_code: bool = False
     split: str | None = None
+    hessian: str = PLAIN
+    hessian_energy: bool = False
+    rotate: str | None = None
 
 
 class Progress(Protocol):
@@ -158,8 +167,17 @@ def quantize_model(
     Raises:
         RLOError: the model, the data or the folder is refused.
     """
+    if options.hessian != PLAIN:
+        weighting_link(options.hessian)  # a wrong spec is refused before anything is written
+    model = find_model(options.model)
+    folded = folder.with_name(f".{folder.name}.folded")
+    if options.rotate is not None:
+        if processes.first:
+            fold_checkpoint(model, folded, seed=options.seed)
+        processes.wait()
+        model = folded
     source = ModelSource(
-        find_model(options.model),
+        model,
         dtype=getattr(torch, options.dtype),
         device=processes.device,
         trust_remote_code=options.trust_remote_code,
@@ -188,6 +206,8 @@ def quantize_model(
             if processes.first:
                 finish(work, source, plan.layout)
         processes.wait()
+        if processes.first:
+            shutil.rmtree(folded, ignore_errors=True)
         return Result(run.records, run.resumed, plan.layout, plan.seqlen, data)
     finally:
         source.close()
@@ -210,10 +230,13 @@ class _Run:
         self.records: list[dict[str, Any]] = []
         self.resumed = 0
         self.device = self.processes.device
+        self.token_weights: Tensor | None = None
 
     def all_blocks(self, sequences: Tensor) -> None:
         self._save_rest()
         mine = list(self.processes.share(len(sequences)))
+        if self.options.hessian != PLAIN:
+            self.token_weights = self._weigh_tokens(sequences, mine)
         activations, calls = self._first_inputs(sequences, mine)
         for index in range(self.layout.count):
             name = self.layout.block_name(index)
@@ -283,6 +306,36 @@ class _Run:
         release(model)
         return activations, calls
 
+    def _weigh_tokens(self, sequences: Tensor, mine: Sequence[int]) -> Tensor:
+        """Run the original model over this process's sequences; return their tokens' weights."""
+        link = weighting_link(self.options.hessian)
+        activations, calls = self._first_inputs(sequences, mine)
+        model, path = self.source.model, self.layout.blocks
+        for index in range(self.layout.count):
+            self.progress.block(index, self.layout.count, "weigh tokens")
+            block = self.source.load_module(self.layout.block_name(index))
+            for row, _ in enumerate(mine):
+                hidden = activations.get(row, self.device)
+                activations.set(row, calls[index].run(block, hidden))
+            release(block)
+        tied = model.all_tied_weights_keys
+        self.source.load(lambda name: not name.startswith(f"{path}."))
+        model.tie_weights()
+        require_filled(model, except_for=(f"{path}.", *tied))
+        blocks = list(model.get_submodule(path).children())
+        weights = torch.empty(max(1, len(mine)), sequences.shape[1])
+        with tail(model, blocks) as logits_of:
+            for row, number in enumerate(mine):
+                weights[row] = sequence_weights(
+                    logits_of,
+                    activations.get(row, self.device),
+                    sequences[number],
+                    link,
+                    energy=self.options.hessian_energy,
+                )
+        release(model)
+        return weights
+
     def _quantize_block(
         self,
         block: nn.Module,
@@ -305,7 +358,15 @@ class _Run:
             rows = list(range(len(mine)))
             begin = time.perf_counter()
             firsts = [group[0] for group in stage]
-            sums = collect_hessians(block, firsts, call, activations, rows, self.device)
+            sums = collect_hessians(
+                block,
+                firsts,
+                call,
+                activations,
+                rows,
+                self.device,
+                token_weights=self.token_weights,
+            )
             for first in firsts:
                 self.processes.sum_hessian(sums[first])
             collected = time.perf_counter() - begin

@@ -95,7 +95,7 @@ class _PackedMatmul(torch.autograd.Function):
         return total, None, None
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """A packed linear layer, see the module's docstring; made empty, to be filled from a
     checkpoint.
 
@@ -126,7 +126,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which would make the dense weight
         self.in_features = in_features
         self.out_features = out_features
         self.bits = settings.bits
@@ -151,11 +151,8 @@ class QuantLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         # A parameter, as in any linear layer; frozen, as the weight is.
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False)
-            if bias
-            else None
-        )
+        empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
         self._transform: Transform | None = None
 
     weight: Tensor
@@ -163,6 +160,9 @@ class QuantLinear(nn.Module):
     zeros: Tensor | None
     input_scale: Tensor | None
     seed: Tensor | None
+
+    def reset_parameters(self) -> None:
+        """Do nothing: there are no weights to draw at random."""
 
     @classmethod
     def from_layer(

@@ -1,0 +1,483 @@
+"""`rlo-gptq quantize`: the authors' flags, and those they lack."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
+
+from rlo_gptq.settings import METHODS, LayerSettings
+
+if TYPE_CHECKING:
+    from rlo_gptq.pipeline import Options, Progress
+
+_MB = 1e6
+
+
+def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return a click option that is known with dashes and with the authors' underscores."""
+    flags = [f"--{name}"]
+    if "-" in name:
+        flags.append(f"--{name.replace('-', '_')}")
+    return click.option(*flags, *rest, **attributes)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("dataset")
+@click.option("--wbits", type=click.Choice(["2", "3", "4", "8"]), default="2", show_default=True)
+@click.option(
+    "--quant",
+    type=click.Choice(METHODS),
+    default="ldlqRG",
+    show_default=True,
+    help="How a layer is rounded.",
+)
+@both_spellings(
+    "incoh-processing",
+    is_flag=True,
+    help="Incoherence processing: rescaling, a random rotation, one symmetric grid. Recommended.",
+)
+@click.option(
+    "--incoherence",
+    type=click.Choice(["none", "hadamard", "kronecker"]),
+    help="Which rotation; --incoh-processing takes hadamard.",
+)
+@both_spellings(
+    "incoh-sides",
+    type=click.Choice(["in", "both"]),
+    default="in",
+    show_default=True,
+    help="Rotate inputs only, which is as good at half the cost, or outputs too.",
+)
+@click.option(
+    "--rotate",
+    type=click.Choice(["fold"]),
+    help="Fold random rotations into the weights: incoherence at no run-time cost.",
+)
+@click.option(
+    "--groupsize",
+    type=click.IntRange(min=-1),
+    default=-1,
+    show_default=True,
+    help="Columns that share a scale; -1 a row, 0 the whole matrix.",
+)
+@click.option("--sym/--asym", default=True, show_default=True, help="Symmetric grid, or a zero.")
+@both_spellings("integer-zero", is_flag=True, help="Zeros are codes, as other formats need.")
+@click.option(
+    "--grid",
+    type=click.Choice(["scalar", "trellis"]),
+    default="scalar",
+    show_default=True,
+    help="What a code stands for.",
+)
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["gptq", "compressed-tensors"]),
+    multiple=True,
+    help="Write it in this format too, beside DIR; repeatable. Takes integer zeros.",
+)
+@both_spellings(
+    "verify-with",
+    "peers",
+    type=click.Choice(["transformers", "gptqmodel"]),
+    multiple=True,
+    help="Reload what --format wrote there and compare the logits; repeatable.",
+)
+@click.option(
+    "--hessian",
+    default="plain",
+    show_default=True,
+    metavar="plain|SPEC",
+    help="Weight calibration tokens by the slope of a loss, e.g. rlo:k=5.",
+)
+@both_spellings(
+    "hessian-energy", is_flag=True, help="Weight them by that loss's squared gradient instead."
+)
+@click.option("--nsamples", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--seqlen",
+    type=click.IntRange(min=2),
+    help="Tokens of a calibration sequence; by default the model's length, at most 2048.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--percdamp", type=click.FloatRange(min=0), default=0.01, show_default=True)
+@click.option(
+    "--npasses", type=click.IntRange(min=0), help="Greedy passes; by default what pays: 10."
+)
+@both_spellings("pre-gptqH", "pre_gptqh", is_flag=True, help="Always on here; see --percdamp.")
+@both_spellings("pre-rescale", is_flag=True, help="Rescale columns before rounding.")
+@both_spellings("pre-proj", is_flag=True, help="Rotate; --incoherence says how.")
+@both_spellings(
+    "pre-proj-extra",
+    type=click.Choice(["0", "1", "2"]),
+    default="0",
+    help="The authors' variants of the Kronecker rotation.",
+)
+@click.option("--qfn", type=click.Choice(["a", "b"]), help="a: --asym --integer-zero; b: --sym.")
+@click.option("--unbiased", is_flag=True, help="Stochastic rounding; no greedy passes.")
+@both_spellings("lazy-batch", is_flag=True, help="Everything is blocked here; for --compat only.")
+@both_spellings("act-order", is_flag=True, help="gptq: columns by falling diagonal of H.")
+@both_spellings("block-size", type=click.IntRange(min=1), default=128, show_default=True)
+@both_spellings(
+    "scale-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float16",
+    show_default=True,
+)
+@click.option("--refit/--no-refit", default=True, help="Least squares of scales after rounding.")
+@both_spellings(
+    "true-sequential/--no-true-sequential",
+    default=True,
+    show_default=True,
+    help="Inside a block, later layers see the earlier ones quantized.",
+)
+@click.option("--compat", type=click.Choice(["quip"]), help="The authors' codes, faults included.")
+@click.option(
+    "--save",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The checkpoint's folder; the same command goes on where it was stopped.",
+)
+@click.option("--skip", multiple=True, help="Layers to leave, e.g. '*.down_proj'; repeatable.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
+@click.option("--offload", is_flag=True, help="Keep activations in a file.")
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="In which blocks are run.",
+)
+@both_spellings("trust-remote-code", is_flag=True, help="Run code from the model's folder.")
+@both_spellings("dry-run", is_flag=True, help="Print plan, memory and time; do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def quantize(
+    model: str,
+    dataset: str,
+    wbits: str,
+    quant: str,
+    incoh_processing: bool,
+    incoherence: str | None,
+    incoh_sides: str,
+    rotate: str | None,
+    groupsize: int,
+    sym: bool,
+    integer_zero: bool,
+    grid: str,
+    formats: tuple[str, ...],
+    peers: tuple[str, ...],
+    hessian: str,
+    hessian_energy: bool,
+    nsamples: int,
+    seqlen: int | None,
+    seed: int,
+    percdamp: float,
+    npasses: int | None,
+    pre_gptqh: bool,
+    pre_rescale: bool,
+    pre_proj: bool,
+    pre_proj_extra: str,
+    qfn: str | None,
+    unbiased: bool,
+    lazy_batch: bool,
+    act_order: bool,
+    block_size: int,
+    scale_dtype: str,
+    refit: bool,
+    true_sequential: bool,
+    compat: str | None,
+    folder: Path,
+    skip: tuple[str, ...],
+    split: str | None,
+    offload: bool,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL (hub name, folder, GGUF), calibrated on DATASET (wikitext2, c4, ptb, path)."""
+    if qfn == "a":
+        sym, integer_zero = False, True
+    if qfn == "b" or (compat and incoh_processing):
+        sym, integer_zero = True, False
+    if formats:
+        if incoh_processing or pre_proj or pre_rescale or incoherence not in (None, "none"):
+            raise click.UsageError(
+                "--format takes no rotation at run time; use --rotate fold instead of "
+                "--incoh-processing, --incoherence, --pre-proj and --pre-rescale"
+            )
+        integer_zero = True
+    if peers and not formats:
+        raise click.UsageError("--verify-with needs --format")
+    if hessian == "plain" and hessian_energy:
+        raise click.UsageError("--hessian-energy needs --hessian SPEC")
+    rotated = incoh_processing or pre_proj
+    kind = incoherence or (("kronecker" if compat else "hadamard") if rotated else "none")
+    try:
+        layer = LayerSettings(
+            bits=int(wbits),
+            method=cast("Any", quant),
+            grid=cast("Any", grid),
+            group_size=groupsize,
+            sym=sym,
+            integer_zero=integer_zero,
+            incoherence=cast("Any", kind),
+            incoherence_sides=cast("Any", "both" if compat and rotated else incoh_sides),
+            rescale=pre_rescale or incoh_processing,
+            percdamp=percdamp,
+            npasses=npasses,
+            unbiased=unbiased,
+            block_size=block_size,
+            act_order=act_order,
+            scale_dtype=cast("Any", scale_dtype),
+            refit=refit,
+            proj_extra=int(pre_proj_extra),
+            lazy_batch=lazy_batch,
+            compat=cast("Literal['quip'] | None", compat),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    from rlo_gptq.pipeline import Options
+
+    options = Options(
+        model=model,
+        dataset=dataset,
+        layer=layer,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        true_sequential=true_sequential,
+        skip=skip,
+        dtype=dtype,
+        offload=offload,
+        trust_remote_code=trust_remote_code,
+        split=split,
+        hessian=hessian,
+        hessian_energy=hessian_energy,
+        rotate=rotate,
+    )
+    if dry_run:
+        _print_plan(options, device, as_json=as_json)
+        return
+    document = run_quantization(options, folder, device=device)
+    if document is None:  # not the first process
+        return
+    document["exports"] = [_export(folder, name, peers) for name in formats]
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(
+        f"{document['layers']} layers at {document['bits_per_weight']} bits per weight, mean proxy "
+        f"loss {document['mean_proxy']:.4g}, worst {document['worst_proxy']:.4g} "
+        f"({document['worst_layer']}), {document['bytes'] / _MB:.1f} MB, "
+        f"{document['seconds']:.1f} s: {folder}"
+    )
+    for exported in document["exports"]:
+        checks = ", ".join(f"{c['peer']} {c['difference']:.2g}" for c in exported["verified"])
+        click.echo(
+            f"{exported['format']}: {exported['folder']}" + (f" ({checks})" if checks else "")
+        )
+
+
+def _export(folder: Path, name: str, peers: tuple[str, ...]) -> dict[str, Any]:
+    """Write the checkpoint in another format beside it, unless it is there; verify it."""
+    from dataclasses import asdict
+
+    from rlo_gptq.export import export_checkpoint
+    from rlo_gptq.verify import verify_export
+
+    out = folder.with_name(f"{folder.name}-{name}")
+    if not (out / "config.json").is_file():
+        export_checkpoint(folder, out, format=cast("Any", name))
+    checks = [asdict(verify_export(folder, out, cast("Any", peer))) for peer in peers]
+    return {"format": name, "folder": str(out), "verified": checks}
+
+
+def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
+    import torch
+
+    from rlo_gptq.plan import discover
+    from rlo_gptq.processes import pick_device
+    from rlo_gptq.source import ModelSource, find_model
+
+    source = ModelSource(
+        find_model(options.model),
+        dtype=getattr(torch, options.dtype),
+        device=pick_device(device),
+        trust_remote_code=options.trust_remote_code,
+    )
+    plan = discover(source, options)
+    source.close()
+    document = {
+        **plan.summary,
+        "seqlen": plan.seqlen,
+        "nsamples": options.nsamples,
+        "settings": options.layer.to_dict(),
+    }
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    for name, value in document.items():
+        if name == "settings":
+            shown = ", ".join(f"{k}={v}" for k, v in document["settings"].items() if v is not None)
+        elif name.endswith("_bytes") and value is not None:
+            shown = f"{value / _MB:,.1f} MB"
+        else:
+            shown = str(value)
+        click.echo(f"{name.replace('_', ' '):28} {shown}")
+
+
+def run_quantization(
+    options: Options, folder: Path, *, device: str = "auto", progress: bool | None = None
+) -> dict[str, Any] | None:
+    """Quantize, with a run's files and a report beside the checkpoint.
+
+    Args:
+        options: What to do.
+        folder: The checkpoint's folder.
+        device: "auto", "cpu", "cuda", ...
+        progress: Show progress on stderr; by default if it is a terminal.
+
+    Returns:
+        The summary; None in all processes but the first.
+    """
+    from rlo_core.report import write_report
+    from rlo_core.runs import Run, read_run
+
+    from rlo_gptq.checkpoint import weight_files, write_checkpoint
+    from rlo_gptq.pipeline import quantize_model
+    from rlo_gptq.plan import Plan
+    from rlo_gptq.processes import join_processes
+    from rlo_gptq.work import WorkFolder
+
+    begin = time.perf_counter()
+    runs: list[Run] = []
+    plans: list[Plan] = []
+    with join_processes(device) as processes:
+        shown = sys.stderr.isatty() if progress is None else progress
+        bar = _Bar(runs) if processes.first and shown else _Log(runs)
+
+        def start(plan: Plan, work: WorkFolder, data: dict[str, Any]) -> None:
+            plans.append(plan)
+            if work.done:
+                return
+            layer = options.layer.to_dict()
+            named = {"model": options.model, "dataset": options.dataset}
+            runs.append(
+                Run.create(
+                    folder,
+                    kind="gptq quantize",
+                    options={**named, **work.decisions, "layer": layer},
+                    seed=options.seed,
+                    data=data,
+                )
+            )
+
+        with bar:
+            result = quantize_model(
+                options,
+                folder,
+                processes,
+                progress=cast("Progress", bar),
+                on_start=start,
+                finish=lambda work, source, layout: write_checkpoint(
+                    work,
+                    source,
+                    layout,
+                    options.layer,
+                    base=options.model,
+                    dataset=options.dataset,
+                ),
+            )
+        if not processes.first:
+            return None
+        if not runs:  # it was complete already
+            return {**read_run(folder)["summary"], "already_done": True}
+        worst = max(result.records, key=lambda record: float(record["proxy"]))
+        weights = [record["rows"] * record["columns"] for record in result.records]
+        document = {
+            "folder": str(folder),
+            "layers": len(result.records),
+            "bits": options.layer.bits,
+            "bits_per_weight": plans[0].summary["bits_per_weight"],
+            "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
+            "worst_proxy": worst["proxy"],
+            "worst_layer": worst["layer"],
+            "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+            "quantized_parameters": sum(weights),
+            "resumed_blocks": result.resumed,
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+        runs[0].finish(**document)
+        write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
+        return document
+
+
+class _Log:
+    """Writes every layer into `metrics.jsonl` and shows nothing."""
+
+    def __init__(self, runs: list[Any]) -> None:
+        self.runs = runs
+        self.index = 0
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """A block begins."""
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """A layer is there."""
+        for run in self.runs:
+            run.log(step=self.index, kind=record["layer"].rpartition(".")[2], **record)
+        self.index += 1
+
+
+class _Bar(_Log):
+    """The same, and a progress bar with the last layer's error and time on stderr."""
+
+    def __init__(self, runs: list[Any]) -> None:
+        super().__init__(runs)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("block {task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task("quantize", total=None)
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=index, total=count, description=status)
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """Print the layer above the bar."""
+        super().layer(record)
+        self.bar.console.print(
+            f"{record['layer']:48} {record['rows']:>6} x {record['columns']:<6} proxy loss "
+            f"{record['proxy']:.5f}  {record['seconds']:.2f} s"
+        )
