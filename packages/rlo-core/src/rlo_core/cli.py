@@ -48,7 +48,7 @@ class HostGroup(FriendlyGroup):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = [
-            (name, command.get_short_help_str())
+            (name, command.get_short_help_str(limit=formatter.width))
             for name in super().list_commands(ctx)
             if (command := super(HostGroup, self).get_command(ctx, name)) is not None
         ]
@@ -99,6 +99,52 @@ def losses(as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def doctor(as_json: bool) -> None:
+    """Check every plugin and host: does it import, are versions supported.
+
+    Exits with 1 if one of them fails.
+    """
+    from dataclasses import asdict
+
+    from rlo_core.doctor import run_checks
+
+    checks = run_checks()
+    if as_json:
+        click.echo(json.dumps({"checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        rows = [("", "name", "package", "", "detail")]
+        rows += [
+            (check.kind, check.name, check.package, "ok" if check.ok else "FAILED", check.detail)
+            for check in checks
+        ]
+        click.echo(format_table(rows))
+    if not all(check.ok for check in checks):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("losses", metavar="[LOSS]...", nargs=-1)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("links.png"),
+    show_default=True,
+    help="The picture to write, .png or .svg.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def plot(losses: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Draw value and slope of losses.
+
+    For instance `rlo plot ce rlo:k=8 rlo-convex`; all of them where none is named.
+    """
+    from rlo_core.plot import plot_links
+
+    drawn = plot_links(losses, out)
+    click.echo(json.dumps({"picture": str(out), "losses": drawn}) if as_json else f"wrote {out}")
+
+
+@main.command()
 @click.argument(
     "folders",
     metavar="RUN...",
@@ -114,7 +160,10 @@ def losses(as_json: bool) -> None:
 @click.option("--title", help="The heading of the page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def report(folders: tuple[Path, ...], out: Path | None, title: str | None, as_json: bool) -> None:
-    """Render runs, each a folder with run.json and metrics.jsonl, as one page."""
+    """Render runs as one page.
+
+    A run is a folder with run.json and metrics.jsonl, as every host writes it.
+    """
     from rlo_core.report import write_report
 
     target = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
@@ -133,7 +182,10 @@ def report(folders: tuple[Path, ...], out: Path | None, title: str | None, as_js
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def demo(parts: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Train, compare and quantize on data that comes with the dependencies."""
+    """Train, compare and quantize real things, without a download.
+
+    Each installed package may add a PART; all of them run where none is named.
+    """
     from rlo_core.demo import run_demo
 
     summaries = run_demo(out, parts=parts)

@@ -42,11 +42,18 @@ class _ApplyLink(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Link], output: Tensor) -> None:
         ce, ctx.link = inputs
         ctx.save_for_backward(ce)
+        ctx.save_for_forward(ce)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ce,) = ctx.saved_tensors
         return grad * ctx.link.slope(ce), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (ce,) = ctx.saved_tensors
+        slope: Tensor = ctx.link.slope(ce)
+        return tangent * slope
 
 
 def apply_link(ce: Tensor, link: Link) -> Tensor:
@@ -84,6 +91,14 @@ class _HalfCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        logits, target = ctx.saved_tensors
+        tangent = tangent.float()
+        mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
+        return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -223,4 +223,5 @@ class Poly1(Link):
         return ce - torch.expm1(-ce) * self.eps
 
     def slope(self, ce: Tensor) -> Tensor:
-        return torch.exp(-ce) * self.eps + 1.0
+        # expm1, so that eps = -1, where the slope is 1 - p, keeps its digits near ce = 0.
+        return torch.expm1(-ce) * self.eps + (1.0 + self.eps)
