@@ -135,6 +135,7 @@ def main(config_file: Path, out: Path, models: Path, runs: Path | None) -> None:
     torch.set_num_threads(1)
     config = load_config(config_file)
     results = Results(out, config)
+    seeds = config["seeds"]
     for group in config["groups"]:
         job = Job(group["job"], config, models, runs)
         if "folder" in job.job:
@@ -146,8 +147,9 @@ def main(config_file: Path, out: Path, models: Path, runs: Path | None) -> None:
                     "perplexity": j.perplexities(j.model(0)),
                 },
             )
-        for loss in group["losses"]:
-            tuned(job, results, loss, config["seeds"])
+        for count in range(1, len(seeds) + 1):  # every loss with one seed, then with two, ...
+            for loss in group["losses"]:
+                tuned(job, results, loss, seeds[:count])
 
 
 if __name__ == "__main__":

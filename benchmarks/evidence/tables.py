@@ -123,8 +123,8 @@ def chosen(found: Records, better: Callable[[dict[str, Any]], float]) -> Records
     return kept
 
 
-def vision(model: str) -> str:
-    found = [r for r in records("vision") if r.get("model") == model and "loss" in r]
+def vision(model: str, file: str = "vision") -> str:
+    found = [r for r in records(file) if r.get("model") == model and "loss" in r]
     runs = chosen(found, lambda r: r["validation_accuracy"])
     noises = sorted({r["noise"] for r in runs})
     rows = [
@@ -151,7 +151,7 @@ def vision(model: str) -> str:
 
 def vision_cost() -> str:
     rows = [["model", "loss", "ms per step", "ratio to ce"]]
-    for r in records("vision"):
+    for r in records("vision") + records("vision_head"):
         for loss, times in r.get("step_seconds", {}).items():
             ratio = times["median"] / r["step_seconds"]["ce"]["median"]
             shown = f"{1000 * times['median']:.1f}"
@@ -218,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "regression-iterations": regression_iterations,
     "regression-condition": regression_condition,
     "vision-resnet18": lambda: vision("resnet18"),
+    "vision-head": lambda: vision("head", "vision_head"),
     "vision-vit": lambda: vision("vit"),
     "vision-cost": vision_cost,
     "language-finetune": lambda: language("finetune-stories260k"),

@@ -21,10 +21,11 @@ from rlo_core import create_loss
 from rlo_core.errors import DataError
 from rlo_core.runs import Run
 from runner import RESULTS, ROOT, Results, data_folder, load_config
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
-from vision_models import build
+from vision_models import ResNet20, build
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -74,6 +75,19 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
+def features_of(x: Tensor, checkpoint: Path) -> Tensor:
+    """Return the 64 features (N, 64) of normalised images by a pretrained ResNet-20."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    theirs = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    spread = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    net = ResNet20()
+    weights = load_file(checkpoint)
+    net.load_state_dict({n: w for n, w in weights.items() if "linear" not in n}, strict=False)
+    net.eval()
+    return torch.cat([net((part * std + mean - theirs) / spread) for part in x.split(250)])
+
+
+@torch.no_grad()
 def evaluate(net: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> dict[str, float]:
     """Return accuracy, cross entropy in nats and the expected calibration error of 15 bins."""
     net.eval()
@@ -98,9 +112,14 @@ class Task:
         held = config["validation_images"]
         limit = config["train_images"]
         x, y = load_images(folder, "train", None if limit is None else limit + held)
+        test, test_y = load_images(folder, "test", config["test_images"])
+        self.images = "features" not in config
+        if not self.images:
+            checkpoint = data_folder("resnet-cifar10", None) / config["features"]
+            x, test = features_of(x, checkpoint), features_of(test, checkpoint)
         self.train = (x[:-held], y[:-held])
         self.validation = (x[-held:], y[-held:])
-        self.test = load_images(folder, "test", config["test_images"])
+        self.test = (test, test_y)
 
     def run(
         self, model: str, loss: str, *, noise: float, lr: float, seed: int, name: str
@@ -110,7 +129,8 @@ class Task:
         settings = config["models"][model]
         torch.manual_seed(seed)
         net = build(settings["build"], settings["options"]).to(device)
-        net = net.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if self.images else torch.contiguous_format
+        net = net.to(memory_format=layout)
         criterion = create_loss(loss).to(device)
         epochs, batch = settings["epochs"], config["batch_size"]
         optimizer = torch.optim.AdamW(
@@ -141,7 +161,8 @@ class Task:
             total = torch.zeros((), device=device)
             order = torch.randperm(len(x), generator=generator)[: len(x) // batch * batch]
             for index in order.split(batch):
-                images = augment(x[index], generator).to(device, memory_format=torch.channels_last)
+                images = augment(x[index], generator) if self.images else x[index]
+                images = images.to(device, memory_format=layout)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits = net(images)
                 value = criterion(logits.float(), y[index].to(device))
@@ -203,7 +224,8 @@ def step_cost(task: Task, model: str, losses: list[str]) -> dict[str, Any]:
 
     settings = task.config["models"][model]
     net = build(settings["build"], settings["options"]).to(task.device)
-    net = net.to(memory_format=torch.channels_last)
+    if task.images:
+        net = net.to(memory_format=torch.channels_last)
     batch = task.config["batch_size"]
     x, y = task.train[0][:batch].to(task.device), task.train[1][:batch].to(task.device)
 

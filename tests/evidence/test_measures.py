@@ -52,6 +52,18 @@ def test_the_full_width_network_is_resnet_18():
     assert sum(p.numel() for p in resnet18().parameters()) == 11_173_962
 
 
+def test_the_fixed_features_give_the_published_accuracy_of_the_network(shared_data):
+    """91.48 % on the 5,000 images; its first 500 here, through the network's own last layer."""
+    from safetensors.torch import load_file
+    from vision import features_of, load_images
+
+    x, y = load_images(shared_data / "cifar10", "test", 500)
+    checkpoint = shared_data / "resnet-cifar10" / "resnet20.safetensors"
+    weights = load_file(checkpoint)
+    logits = features_of(x, checkpoint) @ weights["linear.weight"].T + weights["linear.bias"]
+    assert (logits.argmax(1) == y).float().mean().item() == pytest.approx(0.915, abs=0.03)
+
+
 def test_the_condition_number_is_that_of_the_hessian_by_differences():
     from regression import condition
     from rlo_core.linear_model import RootedLogisticRegression

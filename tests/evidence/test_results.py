@@ -86,6 +86,7 @@ def test_committed_results_belong_to_the_shipped_configurations(evidence):
     names = {
         "regression": "regression",
         "vision": "vision-cpu",
+        "vision_head": "vision-head-cpu",
         "language": "language-cpu",
         "quantization": "quantization-cpu",
     }
