@@ -31,16 +31,33 @@ seen: list[tuple[Tensor, Tensor, Tensor]] = []
 _counterpart = slot.counterpart
 
 
+def _see(module: torch.nn.Module, inputs: tuple[Tensor, Tensor], value: Tensor) -> None:
+    # A copy: the Jensen-Shannon loss adds its divergence in place.
+    seen.append((inputs[0].detach(), inputs[1], value.detach().clone()))
+
+
 def _spied(criterion: Any, spec: Any) -> Any:
     ours = _counterpart(criterion, spec)
     inner = getattr(ours, "cross_entropy_loss", ours)
-    inner.register_forward_hook(
-        lambda module, inputs, value: seen.append((inputs[0].detach(), inputs[1], value.detach()))
-    )
+    inner.register_forward_hook(_see)
     return ours
 
 
 slot.counterpart = _spied
+
+
+def _teach_without_weights() -> None:
+    """Let distillation make its teacher untrained: there is no network here."""
+    try:
+        from timm.task import distillation
+    except ImportError:
+        return
+    create = distillation.create_model
+
+    def untrained(*args: Any, **kwargs: Any) -> Any:
+        return create(*args, **{**kwargs, "pretrained": False})
+
+    distillation.create_model = untrained
 
 
 def by_hand(output: Tensor, target: Tensor, flags: dict[str, Any]) -> Tensor:
@@ -115,6 +132,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def main(checkout: Path, data: Path, output: Path) -> None:
     script = checkout / "train.py"
+    sys.path.insert(0, str(checkout))
+    _teach_without_weights()
     source = script.read_text()
     options = {word.strip("'\",") for word in source.split() if word.strip("'\"").startswith("--")}
     options |= {part for part in ("--bce-sum", "--kd-distill-type") if part in source}

@@ -13,6 +13,8 @@ import click
 from rlo_core.cli import FriendlyGroup
 from rlo_core.launch import ScriptError
 
+from rlo_timm.train_command import prepare, train
+
 
 class ScriptGroup(FriendlyGroup):
     """A group whose first word may also be a script to run."""
@@ -69,6 +71,10 @@ def run(script: str, args: tuple[str, ...]) -> None:
         run_script(script, args, transform=transform)
     except ScriptError as error:
         raise ScriptError(f"{script}: {error}") from error
+
+
+main.add_command(train)
+main.add_command(prepare)
 
 
 def launch() -> None:

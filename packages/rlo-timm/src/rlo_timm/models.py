@@ -1,4 +1,4 @@
-"""timm's ResNets and VGG for 32x32 images, registered with timm as `NAME_cifar`.
+"""timm's ResNets, VGG and mixers for 32x32 images, registered with timm as `NAME_cifar`.
 
 Importing this module registers them, so that `--model resnet18_cifar` works in timm's own train.py
 as it does in the built-in trainer. timm calls an entry point with whatever keywords `create_model`
@@ -17,13 +17,13 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
-def _describe(model: nn.Module, pool: int) -> None:
+def _describe(model: nn.Module, pool: int | None = None) -> None:
     """Tell timm's data pipeline what the model eats."""
-    cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
     cfg.update(
         input_size=(3, 32, 32),
         test_input_size=None,
-        pool_size=(pool, pool),
+        pool_size=None if pool is None else (pool, pool),
         crop_pct=1.0,
         test_crop_pct=None,
         mean=CIFAR_MEAN,
@@ -96,3 +96,36 @@ def resnet101_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """VGG-19 with batch norm for 32x32 images, 20.0 M parameters."""
     return cifar_vgg("vgg19_bn", pretrained=pretrained, **kwargs)
+
+
+def _mixer(model: nn.Module, name: str, pretrained: bool) -> nn.Module:
+    """Finish a model that has no ImageNet counterpart."""
+    if pretrained:
+        raise RuntimeError(f"there are no pretrained weights of {name}")
+    _describe(model)
+    return model
+
+
+@register_model
+def convmixer_256_16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ConvMixer-256/16 for 32x32 images: kernels of 9, patches of 1; 1.4 M parameters."""
+    from timm.models.convmixer import ConvMixer
+
+    model = ConvMixer(dim=256, depth=16, kernel_size=9, patch_size=1, **_plain(kwargs))
+    return _mixer(model, "convmixer_256_16_cifar", pretrained)
+
+
+@register_model
+def mixer_s4_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MLP-Mixer-S for small images: patches of 4, 8 blocks of 512; 17 M parameters at 32x32."""
+    from timm.models.mlp_mixer import MlpMixer
+
+    options = {"img_size": 32, **_plain(kwargs)}
+    model = MlpMixer(patch_size=4, num_blocks=8, embed_dim=512, **options)
+    return _mixer(model, "mixer_s4_cifar", pretrained)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is for timm's builder and not for the model class."""
+    builder = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only")
+    return {key: value for key, value in options.items() if key not in builder}

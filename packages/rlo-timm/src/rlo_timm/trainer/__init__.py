@@ -1,0 +1,1 @@
+"""The built-in trainer, `rlo-timm train`: Lightning, timm, torchvision, torchmetrics."""

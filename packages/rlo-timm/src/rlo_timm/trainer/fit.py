@@ -1,0 +1,317 @@
+"""`rlo-timm train` from settings to a finished run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from rlo_core.errors import RunError
+from rlo_core.files import atomic_path, write_text
+from rlo_core.report import write_report
+from rlo_core.runs import RUN_FILE, Run, read_metrics, read_run
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from rlo_timm.trainer.data import Data, load_data, own_size
+from rlo_timm.trainer.module import Classifier
+from rlo_timm.trainer.nets import create_net, image_size
+from rlo_timm.trainer.settings import Settings
+
+CHECKPOINTS, WEIGHTS, CONFIG = "checkpoints", "model.safetensors", "config.yaml"
+_KEPT_ON_RESUME = ("dataset", "net", "size")
+"""What a resumed run may not change."""
+
+
+class Loaders(pl.LightningDataModule):
+    """Loaders whose order depends on the seed and the epoch only: a resumed run has it too."""
+
+    def __init__(self, data: Data, settings: Settings, seed: int) -> None:
+        super().__init__()
+        self.data, self.settings, self.seed = data, settings, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training loader; Lightning tells its sampler the epoch."""
+        assert self.trainer is not None
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.data.train,
+            num_replicas=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+            seed=self.seed,
+        )
+        return self._loader(sampler, self.data.train, drop_last=False)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation loader."""
+        assert self.trainer is not None
+        sampler: DistributedSampler[Any] | None = None
+        if self.trainer.world_size > 1:
+            sampler = DistributedSampler(
+                self.data.val,
+                num_replicas=self.trainer.world_size,
+                rank=self.trainer.global_rank,
+                shuffle=False,
+            )
+        return self._loader(sampler, self.data.val, drop_last=False)
+
+    def _loader(self, sampler: Any, data: Any, *, drop_last: bool) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=self.settings.batch_size,
+            sampler=sampler,
+            num_workers=self.settings.workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+        )
+
+
+class RunLog(Callback):
+    """Writes each epoch to metrics.jsonl, seeds its augmentation, knows what stopped the run."""
+
+    def __init__(self, run: Run | None, seed: int) -> None:
+        self.run, self.seed = run, seed
+        self.lr = 0.0
+        self.stopped_by: BaseException | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed: an epoch's crops and flips do not depend on how the run came to it."""
+        torch.manual_seed(self.seed + 1_000_003 * (trainer.current_epoch + 1) + trainer.global_rank)
+        random.seed(self.seed + trainer.current_epoch)
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch; Lightning has validated by now."""
+        if self.run is None or not trainer.is_global_zero:
+            return
+        measured = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        epoch = trainer.current_epoch + 1
+        for split in ("train", "val"):
+            mine = {
+                k.partition("_")[2]: v for k, v in measured.items() if k.startswith(f"{split}_")
+            }
+            if split == "train":
+                mine["lr"] = self.lr
+                link = getattr(getattr(pl_module, "criterion", None), "link", None)
+                mine |= {key: getattr(link, key) for key in ("k",) if hasattr(link, key)}
+            self.run.log(epoch=epoch, split=split, **mine)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Remember it: Lightning turns Ctrl-C into an exit."""
+        self.stopped_by = exception
+
+
+def resumable(folder: Path) -> tuple[Settings, Path]:
+    """Return the settings and the last checkpoint of a run.
+
+    Raises:
+        RunError: no run there, or one that did not finish an epoch.
+    """
+    document = read_run(folder)
+    checkpoint = folder / CHECKPOINTS / "last.ckpt"
+    if document.get("kind") != "timm train":
+        raise RunError(f"{str(folder)!r} is a run of {document.get('kind')!r}, not of `timm train`")
+    if not checkpoint.is_file():
+        raise RunError(f"{str(folder)!r} cannot be resumed: it has no {CHECKPOINTS}/last.ckpt yet")
+    options: Mapping[str, Any] = document["options"]
+    return Settings.from_mapping(options, source=str(folder / RUN_FILE)), checkpoint
+
+
+def check_resumed(old: Settings, new: Settings, folder: Path) -> None:
+    """Raise RunError where a resumed run would be another one."""
+    for name in _KEPT_ON_RESUME:
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise RunError(f"{str(folder)!r} was trained with {name}={before!r}, got {after!r}")
+
+
+def fit(
+    settings: Settings,
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    fast_dev_run: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train, and return the summary.
+
+    Writes `run.json`, `metrics.jsonl`, `config.yaml`, `metrics.csv`, TensorBoard's files,
+    `checkpoints/best.ckpt` and `last.ckpt`, `model.safetensors` (the best weights, as timm names
+    them) and `report.html`.
+
+    Args:
+        settings: The options.
+        out: The run folder.
+        checkpoint: The `last.ckpt` to go on from.
+        fast_dev_run: One batch of training and validation, and no files.
+        progress: Show a progress bar.
+
+    Raises:
+        RLOError: the data, the network, the loss or the folder is not as it has to be.
+        KeyboardInterrupt: the run was interrupted; `checkpoints/last.ckpt` is the last whole epoch.
+    """
+    settings.spec()
+    seed = _seed(settings)
+    side = image_size(settings.net, own_size(settings))
+    data = load_data(settings, size=side)
+    net = create_net(
+        settings.net,
+        classes=len(data.classes),
+        size=side,
+        pretrained=settings.pretrained and checkpoint is None,
+        finetune_from=None if checkpoint else settings.finetune_from,
+    )
+    module = Classifier(net, settings, classes=len(data.classes))
+    run = None
+    # Processes that Lightning starts for ddp run this too: files are those of the first one.
+    if not fast_dev_run and _is_first():
+        write_text(out / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        run = Run.create(
+            out,
+            kind="timm train",
+            loss=str(settings.spec()),
+            options=settings.to_dict(),
+            seed=seed,
+            data=data.describe(settings.dataset),
+            resume=checkpoint is not None,
+        )
+    log = RunLog(run, seed)
+    saver = ModelCheckpoint(
+        dirpath=out / CHECKPOINTS,
+        filename="best",
+        monitor="val_acc1",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    trainer = _trainer(settings, out, log, saver, fast_dev_run=fast_dev_run, progress=progress)
+    try:
+        with warnings.catch_warnings():
+            # With one process a DistributedSampler is only our seeded order.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(
+                module,
+                datamodule=Loaders(data, settings, seed),
+                ckpt_path=checkpoint,
+                weights_only=True,
+            )
+    except BaseException as error:
+        interrupted = isinstance(log.stopped_by, KeyboardInterrupt)
+        if run is not None:
+            run.finish(status="interrupted" if interrupted else "failed")
+        if interrupted and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    if run is None or not trainer.is_global_zero:
+        return {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return _finish(run, out, Path(saver.best_model_path))
+
+
+def _is_first() -> bool:
+    """Tell whether this is the first process of a run that has several."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+
+
+def _seed(settings: Settings) -> int:
+    """Seed everything; a drawn seed reaches the other processes of a run in Lightning's variable."""
+    seed = settings.seed
+    if seed is None and _is_first():
+        seed = random.SystemRandom().randrange(2**31)
+    return pl.seed_everything(seed, workers=True, verbose=False)
+
+
+def _trainer(
+    settings: Settings,
+    out: Path,
+    log: RunLog,
+    saver: ModelCheckpoint,
+    *,
+    fast_dev_run: bool,
+    progress: bool,
+) -> pl.Trainer:
+    loggers: list[Logger] = [] if fast_dev_run else _loggers(settings, out)
+    callbacks: list[Callback] = [log]
+    if not fast_dev_run:
+        callbacks.append(saver)
+    if loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+    if progress:
+        callbacks.append(RichProgressBar())
+    return pl.Trainer(
+        accelerator=settings.device,
+        devices=settings.devices,
+        strategy=settings.strategy,
+        precision=_precision(settings),
+        max_epochs=settings.epochs,
+        gradient_clip_val=settings.clip_grad,
+        deterministic=settings.seed is not None,
+        callbacks=callbacks,
+        logger=loggers,
+        fast_dev_run=fast_dev_run,
+        enable_checkpointing=not fast_dev_run,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        default_root_dir=out,
+    )
+
+
+def _loggers(settings: Settings, out: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(out, name="", version="csv")]
+    with contextlib.suppress(ModuleNotFoundError):  # an extra: rlo-timm[tensorboard]
+        loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
+    if settings.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        try:
+            loggers.append(WandbLogger(save_dir=str(out), project="rlo-timm", name=out.name))
+        except ModuleNotFoundError as error:
+            raise RunError("--wandb needs wandb: pip install 'rlo-timm[wandb]'") from error
+    return loggers
+
+
+def _precision(settings: Settings) -> Any:
+    """Return mixed precision where the device has it: bfloat16, or float16 where it lacks that."""
+    if settings.precision != "auto":
+        return settings.precision
+    if settings.device in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "32-true"
+
+
+def _finish(run: Run, out: Path, best: Path) -> dict[str, Any]:
+    """Write the best weights, the summary and the report."""
+    from safetensors.torch import save_file
+
+    # A checkpoint of an older run in the folder can be the best one.
+    state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {k.removeprefix("net."): v.contiguous() for k, v in state.items() if "net." in k[:4]}
+    with atomic_path(out / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    epochs = [r for r in read_metrics(out) if r.get("split") == "val"]
+    top = max(epochs, key=lambda r: float(r["acc1"]))
+    summary: dict[str, Any] = {"epochs": int(epochs[-1]["epoch"]), "best_epoch": int(top["epoch"])}
+    for name in ("acc1", "acc5", "ce", "ece"):
+        value = float(top[name])
+        summary[name] = round(value, 6) if math.isfinite(value) else value
+    run.finish(**summary)
+    write_report([out], out / "report.html")
+    return summary
