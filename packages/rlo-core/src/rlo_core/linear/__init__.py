@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlo_core.linear.fused import link_linear_cross_entropy, rooted_linear_loss
 from rlo_core.linear.module import LinkLinearCrossEntropy
 from rlo_core.linear.plan import Plan, plan_linear_loss
+from rlo_core.linear.vocab_parallel import vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "LinkLinearCrossEntropy",
@@ -12,4 +13,5 @@ __all__ = [
     "link_linear_cross_entropy",
     "plan_linear_loss",
     "rooted_linear_loss",
+    "vocab_parallel_linear_cross_entropy",
 ]

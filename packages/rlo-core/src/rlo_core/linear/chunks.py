@@ -6,7 +6,9 @@ the chunk's logits are still there, and no chunk is computed twice.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -65,15 +67,15 @@ def chunk_size(tokens: int, rows: int) -> int:
     return max(1, -(-tokens // chunks))
 
 
-def _kept(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The indices of the tokens that count, None for all of them.
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there; it comes with torch on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
-    On the CPU only: counting elsewhere would wait for the device.
-    """
-    if target.device.type != "cpu":
-        return None
-    kept = target != ignore_index
-    return None if bool(kept.all()) else kept.nonzero().squeeze(1)
+
+def drops_ignored(device: torch.device) -> bool:
+    """Whether ignored rows are taken out; elsewhere counting them would wait for the device."""
+    return device.type == "cpu"
 
 
 def run_chunks(
@@ -113,10 +115,13 @@ def _run(
     work = working_dtype(o.compute)
     weight = weight.to(o.compute)
     bias = None if bias is None else bias.to(o.compute)
-    kept = _kept(target, o.ignore_index)
+    ignored = kept = None
+    if not drops_ignored(target.device):
+        ignored = target == o.ignore_index
+    else:
+        counted = target != o.ignore_index
+        kept = None if bool(counted.all()) else counted.nonzero().squeeze(1)
     count = tokens if kept is None else kept.numel()
-    # Where rows cannot be dropped without waiting for the device, they are masked.
-    masked = target == o.ignore_index if target.device.type != "cpu" else None
     loss = hidden.new_zeros(tokens, dtype=work)
     scale = torch.zeros_like(loss)
     sums = Sums(loss, scale, None, None, None)
@@ -139,12 +144,11 @@ def _run(
             torch.mm(h, weight.t(), out=tile)
         else:
             torch.addmm(bias, h, weight.t(), out=tile)
-        skip = None if masked is None else masked[at]
-        value, slope = _rows(tile, y if skip is None else y.masked_fill(skip, 0), link, o)
+        skip = None if ignored is None else ignored[at]
+        value, slope = _rows(tile, y, skip, link, o)
         s = slope if factor is None else slope * factor[at]
-        if skip is not None:
+        if skip is not None:  # where, not times: what is in an ignored row may not be finite
             value, s = value.masked_fill(skip, 0.0), s.masked_fill(skip, 0.0)
-            tile.masked_fill_(skip.unsqueeze(1), 0.0)
             h = h.masked_fill(skip.unsqueeze(1), 0.0)
         loss[at], scale[at] = value, s
         if o.any_grad:
@@ -154,20 +158,41 @@ def _run(
     return sums
 
 
-def _rows(tile: Tensor, target: Tensor, link: Link, o: Options) -> tuple[Tensor, Tensor]:
-    if o.label_smoothing == 0.0 and o.ranks is None:
-        return rows_loss(tile, target, link, softcap=o.softcap, with_gradient=o.any_grad)
-    return rows_loss_spread(
-        tile,
-        target,
-        link,
-        softcap=o.softcap,
-        smoothing=o.label_smoothing,
-        first_class=o.first_class,
-        classes=o.classes,
-        ranks=o.ranks,
-        with_gradient=o.any_grad,
-    )
+def _rows(
+    tile: Tensor, target: Tensor, skip: Tensor | None, link: Link, o: Options
+) -> tuple[Tensor, Tensor]:
+    """Loss and scale of a tile, which becomes its gradient; rows to skip become zero."""
+    plain = o.label_smoothing == 0.0 and o.ranks is None
+    if plain and tile.device.type == "cuda" and tile.dtype != torch.float64 and has_triton():
+        from rlo_core.linear.triton_kernels import cross_entropy_rows
+
+        ce = cross_entropy_rows(
+            tile,
+            target,
+            ignore_index=o.ignore_index,
+            softcap=o.softcap,
+            with_gradient=o.any_grad,
+        )
+        return link.value(ce), link.slope(ce)
+    if skip is not None:
+        target = target.masked_fill(skip, 0)
+    if plain:
+        found = rows_loss(tile, target, link, softcap=o.softcap, with_gradient=o.any_grad)
+    else:
+        found = rows_loss_spread(
+            tile,
+            target,
+            link,
+            softcap=o.softcap,
+            smoothing=o.label_smoothing,
+            first_class=o.first_class,
+            classes=o.classes,
+            ranks=o.ranks,
+            with_gradient=o.any_grad,
+        )
+    if skip is not None and o.any_grad:
+        tile.masked_fill_(skip.unsqueeze(1), 0.0)
+    return found
 
 
 def _accumulate(
