@@ -30,6 +30,9 @@ class Grid(Protocol):
     def round_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
         """Write the nearest codes and values of column j, all (m,)."""
 
+    def improve_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
+        """The same, but never farther from x than the codes given, which it replaces."""
+
     def round_all(self, x: Tensor) -> Tensor:
         """Return the nearest codes (d, m) of x (d, m)."""
 
@@ -86,6 +89,10 @@ class ScalarGrid:
         code.round_().clamp_(0, self.top)
         torch.sub(code, zero, out=value)
         value.mul_(scale)
+
+    def improve_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
+        """Write the nearest codes and values of column j: nothing is nearer."""
+        self.round_column(x, j, code, value)
 
     def round_all(self, x: Tensor) -> Tensor:
         """Return the nearest codes (d, m) of x (d, m)."""

@@ -11,6 +11,7 @@ from rlo_gptq.grids import column_groups, stored
 from rlo_gptq.incoherence import Transform
 from rlo_gptq.rounding.methods import round_matrix
 from rlo_gptq.rounding.quip import prepare, quip_round
+from rlo_gptq.rounding.trellis import decode
 from rlo_gptq.settings import GridKind, LayerSettings
 
 
@@ -46,7 +47,11 @@ class QuantizedLayer:
     def values(self) -> Tensor:
         """Return the rounded matrix (m, d), float32, in the transformed basis."""
         group = column_groups(self.codes.shape[1], self.group_size).to(self.codes.device)
-        return self.scales[:, group] * (self.codes.to(torch.float32) - self.zeros[:, group])
+        if self.grid == "trellis":
+            unit = decode(self.codes.T).T
+        else:
+            unit = self.codes.to(torch.float32) - self.zeros[:, group]
+        return self.scales[:, group] * unit
 
     def dequantize(self) -> Tensor:
         """Return What (m, d), float32, in the original basis."""

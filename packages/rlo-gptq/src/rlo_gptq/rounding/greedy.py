@@ -81,7 +81,7 @@ def greedy_pass(state: Rounding, grid: Grid, *, block_size: int = 128) -> int:
             for j in range(low, high):
                 i = j - begin
                 torch.add(values[j], local[i], alpha=steps[j], out=target)
-                grid.round_column(target, columns[j], codes[j], value)
+                grid.improve_column(target, columns[j], codes[j], value)
                 torch.sub(value, values[j], out=moved[i])
                 values[j].copy_(value)
                 if j + 1 < high:

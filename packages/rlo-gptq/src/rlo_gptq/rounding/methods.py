@@ -12,10 +12,11 @@ from rlo_gptq.incoherence import random_uniforms
 from rlo_gptq.rounding.admm import bounded_feedback
 from rlo_gptq.rounding.feedback import factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
+from rlo_gptq.rounding.trellis import fit_trellis
 from rlo_gptq.settings import LayerSettings
 
 _NOISE_STREAM = 64
-FITS = 1  # times the grid is fitted again, to the targets that feedback makes
+_REFIT_AFTER = 1e-3  # of the codes changed by a pass
 
 
 @dataclass
@@ -56,29 +57,29 @@ def round_matrix(weight: Tensor, hessian: Tensor, settings: LayerSettings, *, se
 
 def _first_codes(
     W: Tensor, H: Tensor, order: Tensor, settings: LayerSettings, seed: int
-) -> tuple[ScalarGrid, Tensor]:
+) -> tuple[Grid, Tensor]:
+    """Fit the grid and round once; the codes are in the order of visiting."""
     own = torch.argsort(order)
+    trellis = settings.grid == "trellis"
     if settings.method in ("nearest", "allbal"):
-        grid = fit_grid(W[own], H.diagonal()[own], settings)
-        return grid, _nearest(W[own], grid, settings, seed)[order]
+        scalar = fit_grid(W[own], H.diagonal()[own], settings)
+        if settings.unbiased:
+            return scalar, scalar.round_all(W[own] + _noise(scalar, seed))[order]
+        grid: Grid = fit_trellis(W[own], settings) if trellis else scalar
+        return grid, grid.round_all(W[own])[order]
     factors = factor(H)
     feedback = bounded_feedback(H) if settings.method == "ldlbal_admm" else factors.feedback
     importance = factors.diagonal[own]
-    grid = fit_grid(W[own], importance, settings)
-    noise = None
-    for _ in range(FITS):
-        _, targets = round_with_feedback(W, feedback, grid, order, block_size=settings.block_size)
-        grid = fit_grid(targets[own], importance, settings)
-    if settings.unbiased:
-        noise = _noise(grid, seed)[order]
+    # The grid has to fit what feedback makes of the weights, which a first rounding tells.
+    scalar = fit_grid(W[own], importance, settings)
+    _, targets = round_with_feedback(W, feedback, scalar, order, block_size=settings.block_size)
+    scalar = fit_grid(targets[own], importance, settings)
+    noise = _noise(scalar, seed)[order] if settings.unbiased else None
+    grid = fit_trellis(targets[own], settings) if trellis else scalar
     codes, _ = round_with_feedback(
         W, feedback, grid, order, block_size=settings.block_size, noise=noise
     )
     return grid, codes
-
-
-def _nearest(x: Tensor, grid: ScalarGrid, settings: LayerSettings, seed: int) -> Tensor:
-    return grid.round_all(x + _noise(grid, seed)) if settings.unbiased else grid.round_all(x)
 
 
 def _noise(grid: ScalarGrid, seed: int) -> Tensor:
@@ -103,6 +104,9 @@ def _descend(state: Rounding, grid: Grid, settings: LayerSettings) -> None:
     refit()
     for _ in range(settings.passes):
         changed = greedy_pass(state, grid, block_size=settings.block_size)
-        refit()
+        # A refit costs as much as a pass; it follows those passes that moved something.
+        if changed > state.codes.numel() * _REFIT_AFTER:
+            refit()
         if not changed:
             break
+    refit()
