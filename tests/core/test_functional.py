@@ -1,4 +1,4 @@
-"""The losses on logits: the formulas, the limits, the gradients, soft targets, every way to call."""
+"""The losses on logits: formulas, limits, gradients, soft targets, every way to call."""
 
 from __future__ import annotations
 

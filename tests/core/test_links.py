@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -147,7 +148,7 @@ def test_both_rooted_forms_tend_to_cross_entropy_from_their_own_side(
     side = -1.0 if form is Rooted else 1.0
     for gap in gaps:
         assert bool((side * gap > 0).all())
-    for wider, closer in zip(gaps, gaps[1:], strict=False):
+    for wider, closer in itertools.pairwise(gaps):
         assert bool((closer.abs() < wider.abs()).all())
     torch.testing.assert_close(form(1e9).value(ce), ce, rtol=1e-7, atol=0)
     torch.testing.assert_close(form(math.inf).value(ce), ce, rtol=0, atol=0)
