@@ -122,10 +122,9 @@ def speed(m: int, d: int, sample: int, rounds: int) -> dict[str, Any]:
     return record
 
 
-def losses(
-    name: str, layers: list[tuple[Tensor, Tensor]], seeds: list[int]
-) -> list[dict[str, Any]]:
+def losses(name: str, layers: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     """Compare losses on some layers; one record for every number of bits."""
+    seeds = range(len(layers))
     records = []
     for bits in (2, 3, 4):
         candidates: dict[str, dict[str, Any]] = {

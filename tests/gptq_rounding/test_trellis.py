@@ -127,3 +127,23 @@ def test_every_method_and_height_works(method, m):
     assert torch.isfinite(rounded.dequantize()).all()
     assert (rounded.dequantize()[0] == 0).all()
     assert rounded.proxy < 0.3
+
+
+@pytest.mark.parametrize(("m", "group_size"), [(70, -1), (300, 24)])
+def test_a_packed_layer_computes_with_the_trellis_values(m, group_size, monkeypatch):
+    """Tiles of rows that cut through sequences, and the gradient to the inputs."""
+    from rlo_gptq import quant_linear
+
+    W = torch.randn(m, 32)
+    settings = LayerSettings(
+        grid="trellis", method="nearest", incoherence="hadamard", group_size=group_size
+    )
+    layer = quantize_layer(W, torch.eye(32), settings, seed=0)
+    packed = quant_linear.QuantLinear.from_layer(layer, settings)
+    monkeypatch.setattr(quant_linear, "TILE_ELEMENTS", 32 * 50)
+    x = torch.randn(5, 32, requires_grad=True)
+    dense = layer.dequantize()
+    torch.testing.assert_close(packed(x), x @ dense.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed.dequantize(), dense, atol=1e-5, rtol=1e-5)
+    (slope,) = torch.autograd.grad(packed(x).sum(), x)
+    torch.testing.assert_close(slope, dense.sum(0).expand(5, 32), atol=1e-4, rtol=1e-4)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlo_gptq.incoherence import Transform
 from rlo_gptq.layer import QuantizedLayer
 from rlo_gptq.packing import pack_codes, packed_words, unpack_codes
+from rlo_gptq.rounding.trellis import decode_rows
 from rlo_gptq.settings import LayerSettings
 
 TILE_ELEMENTS = 1 << 20
@@ -186,11 +187,11 @@ class QuantLinear(nn.Linear):
         )
         module.weight = pack_codes(layer.codes, settings.bits)
         module.scales = layer.scales.to(module.scales.dtype)
-        if settings.sym:
+        if settings.grid == "scalar" and settings.sym:
             zero = symmetric_zero(settings.bits, integer=settings.integer_zero)
             if not bool((layer.zeros == zero).all()):
                 raise ValueError(f"zeros must all be {zero} for a symmetric grid")
-        else:
+        elif settings.grid == "scalar":
             module.zeros = layer.zeros.to(module.scales.dtype)
         if settings.rescale:
             if layer.input_scale is None:
@@ -235,6 +236,16 @@ class QuantLinear(nn.Linear):
     def _rows(self, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
         zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
 
+        def codes(start: int, stop: int) -> Tensor:
+            return unpack_codes(self.weight[start:stop], self.bits, self.in_features)
+
+        def trellis_rows(start: int, stop: int) -> Tensor:
+            unit = decode_rows(codes, self.out_features, start, stop)
+            scale = self.scales[start:stop].float()
+            if scale.shape[1] > 1:
+                scale = scale.repeat_interleave(self.group_size, 1)[:, : self.in_features]
+            return unit.mul_(scale).to(dtype)
+
         def rows(start: int, stop: int) -> Tensor:
             return dequantize_rows(
                 self.weight[start:stop],
@@ -246,7 +257,7 @@ class QuantLinear(nn.Linear):
                 dtype=dtype,
             )
 
-        return rows
+        return trellis_rows if self.settings.grid == "trellis" else rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features); returns (..., out_features)."""

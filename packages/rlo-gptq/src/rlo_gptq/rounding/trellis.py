@@ -108,7 +108,8 @@ def decode_rows(read: Callable[[int, int], Tensor], m: int, start: int, stop: in
     Returns:
         float32 (stop - start, d).
     """
-    first, lengths, taken = 0, [], 0
+    first, taken = 0, 0
+    lengths: list[int] = []
     for n in sequence_lengths(m):
         if taken + n > start and taken < stop:
             first = first if lengths else taken
