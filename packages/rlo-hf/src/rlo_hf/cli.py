@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -157,6 +158,7 @@ def finetune(
     name = name or Path(settings["model"]).name
     folder = out or f"runs/finetune-{name}-{re.sub(r'[^A-Za-z0-9.=-]+', '_', spec)}"
 
+    _quiet_unless_terminal()
     from rlo_hf.finetune import FinetuneOptions
     from rlo_hf.finetune import finetune as run_finetune
 
@@ -165,7 +167,6 @@ def finetune(
     if dry_run:
         click.echo(json.dumps({**asdict(options), "save": target}, indent=2, default=str))
         return
-    _quiet_unless_terminal()
     summary = run_finetune(
         options,
         save=target,
@@ -185,8 +186,7 @@ def finetune(
 
 
 def _quiet_unless_terminal() -> None:
-    """Turn transformers' progress bars off where stderr is not a terminal."""
+    """Turn progress bars off where stderr is not a terminal, before the libraries are imported."""
     if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -244,7 +244,7 @@ def _context(model: Any, options: FinetuneOptions) -> int:
 
 def _adapters(model: Any, options: FinetuneOptions) -> Any:
     if not options.lora:
-        if getattr(model, "is_quantized", False) and _is_packed(model):
+        if getattr(model, "is_quantized", False):
             raise ModelError(
                 f"model {options.model!r} is quantized, so its weights cannot be trained; train "
                 "adapters on it with --lora RANK"
@@ -264,12 +264,6 @@ def _adapters(model: Any, options: FinetuneOptions) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"peft cannot put adapters on {options.model!r}: {error}") from error
-
-
-def _is_packed(model: Any) -> bool:
-    """Whether weights are missing from the parameters: a GGUF model is float once it is loaded."""
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    return str(getattr(method, "value", method)) != "gguf"
 
 
 def _precision(options: FinetuneOptions) -> str:

@@ -9,4 +9,5 @@ HOST = Host(
     summary="rooted losses in Hugging Face's Trainer and TRL, and a finetuning command",
     command="rlo_hf.cli:main",
     requires={"transformers": ">=5.0", "accelerate": ">=1.1"},
+    optional={"peft": ">=0.18", "trl": ">=1.0", "gguf": ">=0.10"},
 )

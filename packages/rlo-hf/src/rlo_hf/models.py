@@ -51,9 +51,12 @@ def load_model(model: str, *, dtype: Any = None, trust_remote_code: bool = False
         options["gguf_file"] = gguf
     import transformers
 
-    return _loaded(
+    loaded = _loaded(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, **options), model
-    ).eval()
+    )
+    if gguf is not None:
+        _unmark(loaded)
+    return loaded.eval()
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -79,6 +82,15 @@ def _loaded(load: Any, model: str, what: str = "model") -> Any:
         raise ModelError(
             f"{what} {model!r} could not be loaded ({type(error).__name__}: {reason}){hint}"
         ) from error
+
+
+def _unmark(model: Any) -> None:
+    """Make a model from a GGUF file what it is, a float model: to be trained, cast and saved."""
+    model.is_quantized = False
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
 
 
 def _gguf(model: str) -> tuple[str, str | None]:

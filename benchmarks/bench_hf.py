@@ -1,0 +1,125 @@
+"""A training step of the Trainer: stock cross entropy, `rlo` on logits, `rlo` fused, peers.
+
+A Llama of two layers with a vocabulary of 32,000, where the output layer is most of the step, as it
+is for small models with large vocabularies (SmolLM2-135M: 49,152 x 576). One thread, process time,
+interleaved. Liger's kernels are Triton and cut-cross-entropy's too: they do not run on a CPU.
+
+    python benchmarks/bench_hf.py [--rounds 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from harness import compare, peak_memory, write_results
+
+VOCABULARY, WIDTH, ROWS, LENGTH = 32_000, 256, 4, 256
+
+MEMORY = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+import bench_hf
+step = bench_hf.candidates({kind!r})[{kind!r}]
+# measure
+step(); step()
+"""
+
+
+def model() -> Any:
+    """Return the Llama, the same weights each time."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def candidates(only: str | None = None) -> dict[str, Callable[[], object]]:
+    """Return forward and backward of one batch under each trainer, by name."""
+    from rlo_hf import Trainer
+
+    torch.manual_seed(1)
+    ids = torch.randint(VOCABULARY, (ROWS, LENGTH))
+    batch = {"input_ids": ids, "labels": ids}
+    count = torch.tensor(ROWS * (LENGTH - 1))
+    args = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[], disable_tqdm=True
+    )
+
+    def step_of(trainer_type: Any, **more: Any) -> Callable[[], object]:
+        trainer = trainer_type(model(), args, **more)
+        trainer.current_gradient_accumulation_steps = 1
+
+        def step() -> object:
+            trainer.model.zero_grad(set_to_none=True)
+            return trainer.training_step(trainer.model, dict(batch), count)
+
+        return step
+
+    def chunked() -> Callable[[], object]:
+        """TRL's fused output layer, as its SFTTrainer calls it."""
+        from trl.trainer.utils import add_fused_lm_head
+
+        llama = model()
+        add_fused_lm_head(llama, outputs=("log_probs", "entropy", "is_top1"))
+
+        def step() -> object:
+            llama.zero_grad(set_to_none=True)
+            output = llama(**batch, fused_lm_head=True)
+            loss = -output.log_probs.sum() / count
+            loss.backward()
+            return loss
+
+        return step
+
+    made: dict[str, Callable[[], Callable[[], object]]] = {
+        "stock ce": lambda: step_of(transformers.Trainer),
+        "rlo, logits": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="off"),
+        "rlo, fused": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="fused"),
+        "ce, fused": lambda: step_of(Trainer, loss="ce", linear="fused"),
+        "trl chunked nll": chunked,
+    }
+    return {name: make() for name, make in made.items() if only in (None, name)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=12)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    steps = candidates()
+    times = compare(steps, rounds=rounds, warmup=1)
+    base = times["stock ce"]
+    here = __file__.rpartition("/")[0]
+    records = []
+    for name, time in times.items():
+        peak = peak_memory(MEMORY.format(path=[here], kind=name))
+        records.append(
+            {
+                "candidate": name,
+                "shape": f"{ROWS}x{LENGTH} tokens, width {WIDTH}, vocabulary {VOCABULARY}, fp32",
+                **{key: round(value, 4) for key, value in time.items()},
+                "ratio": round(time["median"] / base["median"], 4),
+                "ratio_min": round(time["min"] / base["min"], 4),
+                "peak_mb": round(peak / 2**20),
+            }
+        )
+        print(records[-1])
+    write_results("hf", records)
+
+
+if __name__ == "__main__":
+    main()

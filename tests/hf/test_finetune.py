@@ -1,0 +1,229 @@
+"""`rlo-hf finetune`: real runs of a tiny model, and every refusal."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from rlo_core.runs import read_metrics, read_run
+from rlo_core.text import TextData
+from rlo_hf.blocks import blocks_of, token_ids
+from rlo_hf.cli import main
+from rlo_hf.models import ModelError, load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a byte-level tokenizer, as a folder, and text to train on."""
+    import tokenizers
+
+    home = tmp_path_factory.mktemp("model")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="~")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(home / "llama")
+    tokenizer.save_pretrained(home / "llama")
+    lines = [f"{i} times {j} is {i * j}.\n" for i in range(20) for j in range(20)]
+    (home / "text.txt").write_text("".join(lines))
+    return home
+
+
+def call(*words):
+    result = CliRunner().invoke(main, ["finetune", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+FAST = ("--block", 32, "--batch-size", 4, "--lr", 3e-3, "--max-steps", 12, "--warmup", 2)
+
+
+@pytest.mark.parametrize("loss", ["ce", "rlo"])
+def test_it_lowers_held_out_perplexity_and_saves_a_model(folder, tmp_path, loss):
+    out = tmp_path / "run"
+    result = call(
+        folder / "llama", folder / "text.txt", "--loss", loss, "--out", out, "--json", *FAST
+    )
+    summary = json.loads(result.stdout)
+    assert summary["perplexity_before"] == pytest.approx(256, rel=0.15)
+    assert summary["perplexity_after"] < 0.5 * summary["perplexity_before"]
+    assert summary["steps"] == 12
+    document = read_run(out)
+    assert document["loss"] == summary["loss"] == {"ce": "ce", "rlo": "rlo:k=5,m=5"}[loss]
+    assert document["options"]["block"] == 32
+    assert document["status"] == "done"
+    assert len(document["data"]["train"][1]) == 16
+    steps = [row["step"] for row in read_metrics(out) if row["split"] == "eval"]
+    assert steps == [0, 12]
+    assert (out / "report.html").stat().st_size > 1000
+    assert not (out / "checkpoints").exists()
+    again = call(out / "model", folder / "text.txt", "--eval-only", "--out", tmp_path / "e",
+                 "--eval-split", "validation", "--json")  # fmt: skip
+    assert "perplexity_after" not in json.loads(again.stdout)
+
+
+def test_the_authors_defaults_are_the_defaults(folder):
+    plan = json.loads(call(folder / "llama", "wikitext2", "--dry-run").stdout)
+    expected = {
+        "loss": "rlo:k=5,m=5",
+        "epochs": 3.0,
+        "block": 256,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.01,
+        "accumulation": 2,
+        "precision": "auto",
+    }
+    assert {key: plan[key] for key in expected} == expected
+    plan = json.loads(
+        call("m", "d", "--dry-run", "--loss", "rlo", "--k", 8, "--block_size", 7).stdout
+    )
+    assert (plan["loss"], plan["block"]) == ("rlo:k=8,m=5", 7)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
+    import rlo_hf.finetune as module
+
+    words = (folder / "llama", folder / "text.txt", "--block", 32, "--batch-size", 8,
+             "--epochs", 2, "--lr", 1e-3)  # fmt: skip
+    call(*words, "--out", tmp_path / "whole")
+
+    class Stop(module._Record):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            super().on_epoch_end(args, state, control, **kwargs)
+
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_Record", Stop)
+        result = CliRunner().invoke(
+            main, ["finetune", *map(str, words), "--out", str(tmp_path / "cut")]
+        )
+    assert result.exit_code == 130
+    assert read_run(tmp_path / "cut")["status"] == "interrupted"
+    other = CliRunner().invoke(
+        main, ["finetune", *map(str, words), "--out", str(tmp_path / "cut"), "--resume",
+               "--seed", "1"],
+    )  # fmt: skip
+    assert other.exit_code == 1
+    assert re.search(r"has seed=42, got 1; resume with the same options", other.output)
+    call(*words, "--out", tmp_path / "cut", "--resume")
+    whole = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    cut = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "cut" / "model")
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_are_saved_alone_or_merged_and_load_on_their_base(folder, tmp_path):
+    words = (folder / "llama", folder / "text.txt", "--lora", 4, *FAST, "--json")
+    adapted = json.loads(call(*words, "--out", tmp_path / "a").stdout)
+    assert (tmp_path / "a" / "model" / "adapter_model.safetensors").is_file()
+    merged = json.loads(call(*words, "--merge", "--out", tmp_path / "m").stdout)
+    assert merged["perplexity_after"] == adapted["perplexity_after"]
+    ids = torch.arange(5, 60).unsqueeze(0)
+    with torch.no_grad():
+        one = load_model(str(tmp_path / "a" / "model"))(ids).logits
+        two = load_model(str(tmp_path / "m" / "model"))(ids).logits
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_real_model_and_text_run_offline(shared_data, tmp_path):
+    result = call(
+        shared_data / "stories260k",
+        shared_data / "tinystories-sample",
+        "--max-steps", 2, "--batch-size", 2, "--eval-tokens", 2048, "--no-save",
+        "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    summary = json.loads(result.stdout)
+    assert 3 < summary["perplexity_after"] < 8
+    assert summary["linear_path"] == "fused"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("no/such", "TEXT"), r"tokenizer 'no/such' could not be loaded .*give a local folder or"),
+        (("x.gguf", "TEXT"), r"no GGUF file 'x\.gguf'"),
+        (("MODEL", "wikitext2"), r"data set 'wikitext2' .*a local file or folder works without"),
+        (("MODEL", "TEXT", "--loss", "rol"), r"unknown loss 'rol'; did you mean 'rlo'\?"),
+        (("MODEL", "TEXT", "--block", "999999"), r"which is less than one block of 999999"),
+        (("MODEL", "TEXT", "--resume"), r"no run in '.*': run\.json is not there"),
+    ],
+)
+def test_a_known_failure_is_one_line(folder, tmp_path, words, message):
+    places = {"MODEL": str(folder / "llama"), "TEXT": str(folder / "text.txt")}
+    arguments = [places.get(word, word) for word in words]
+    result = CliRunner().invoke(main, ["finetune", *arguments, "--out", str(tmp_path / "r")])
+    assert result.exit_code == 1
+    assert re.search(message, result.output), result.output
+    assert "Traceback" not in result.output
+
+
+def test_adapters_are_trained_on_a_quantized_checkpoint(folder, tmp_path):
+    pytest.importorskip("rlo_gptq")
+    from rlo_gptq.cli import main as gptq
+
+    words = ["quantize", folder / "llama", folder / "text.txt", "--wbits", 4, "--quant", "gptq"]
+    words += ["--nsamples", 4, "--seqlen", 32, "--save", tmp_path / "packed"]
+    result = CliRunner().invoke(gptq, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    words = (tmp_path / "packed", folder / "text.txt", *FAST, "--json")
+    refused = CliRunner().invoke(main, ["finetune", *map(str, words), "--out", str(tmp_path / "r")])
+    assert "is quantized, so its weights cannot be trained; train adapters on it" in refused.output
+    summary = json.loads(call(*words, "--lora", 4, "--out", tmp_path / "run").stdout)
+    assert summary["perplexity_after"] < 0.95 * summary["perplexity_before"]
+
+
+def test_a_quantized_checkpoint_of_a_missing_package_is_named(tmp_path):
+    config = {"quantization_config": {"quant_method": "rlo-none"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "rlo_gptq", None)
+        with pytest.raises(ModelError, match=r"^rlo-none models need the package rlo-gptq: pip"):
+            load_model(str(tmp_path))
+
+
+def test_documents_are_tokenized_one_by_one_and_running_text_as_a_whole(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+    texts = ["ab", "", "c"]
+    data = TextData("t", texts, "\n\n".join(texts), "0")
+    assert tokenizer.decode(token_ids(data, tokenizer)) == "ab~c~"
+    running = TextData("t", texts, "ab\n\nc", "0", running=True)
+    assert tokenizer.decode(token_ids(running, tokenizer)) == "ab\n\nc"
+    blocks = blocks_of(torch.arange(10), 4)
+    assert [row["input_ids"].tolist() for row in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_help_imports_no_torch(root):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['rlo-hf', 'finetune', '--help']\n"
+        "from rlo_hf.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--eval-only" in done.stdout
