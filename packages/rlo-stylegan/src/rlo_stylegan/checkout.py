@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rlo_stylegan.errors import CheckoutError
 
 SCRIPT = "train.py"
 LOSS = "training/loss.py"
+RECORD = ".rlo-stylegan"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Checkout:
 
     def family(self) -> str:
         """Return what the checkout looks like, for a human: nothing is decided on it."""
+        if not ((self.root / LOSS).is_file() and (self.root / SCRIPT).is_file()):
+            return "incomplete"
         loss, script = self.read(LOSS), self.read(SCRIPT)
         newer = (self.root / "training" / "networks_stylegan3.py").exists()
         if (self.root / "training" / "triplane.py").exists():
@@ -61,7 +65,9 @@ class Checkout:
 
 
 def _is_root(folder: Path) -> bool:
-    return (folder / SCRIPT).is_file() and (folder / LOSS).is_file()
+    # A checkout on record stays one when a file of it was removed since.
+    recorded = (folder / RECORD / "ledger.json").is_file()
+    return recorded or ((folder / SCRIPT).is_file() and (folder / LOSS).is_file())
 
 
 def find_checkout(path: str | os.PathLike[str]) -> Checkout:
@@ -104,12 +110,19 @@ def parse(source: bytes, name: str) -> cst.Module:
     try:
         module = cst.parse_module(source)
     except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
-        line = getattr(error, "raw_line", None)
-        at = "" if line is None else f" (line {line})"
-        raise CheckoutError(f"{name} does not parse as Python{at}") from error
+        raise CheckoutError(f"{name} does not parse as Python{_line(source)}") from error
     if module.bytes != source:
         raise CheckoutError(f"{name} cannot be kept byte for byte; nothing was written")
     return module
+
+
+def _line(source: bytes) -> str:
+    """Return where Python itself sees the mistake: the line of libcst is often the next one."""
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        return f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+    return ""
 
 
 def statement(text: str, module: cst.Module) -> cst.SimpleStatementLine:

@@ -107,6 +107,7 @@ def carry_out(planned: Plan) -> list[str]:
     checkout = planned.checkout
     ledger = Ledger.load(checkout.root)
     if planned.layers == ledger.layers and ledger.coming is None:
+        ledger.close()  # of what an interruption at the very end may have left
         return []
     for name, content in planned.before.items():
         if checkout.read(name) != content:

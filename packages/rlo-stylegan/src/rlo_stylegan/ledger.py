@@ -21,9 +21,9 @@ from typing import Any
 
 from rlo_core.files import atomic_path, write_json
 
+from rlo_stylegan.checkout import RECORD as FOLDER
 from rlo_stylegan.errors import ChangedError
 
-FOLDER = ".rlo-stylegan"
 _FORMAT = 1
 
 
@@ -183,10 +183,15 @@ class Ledger:
             for name in gone:
                 (self.folder / "originals" / name).unlink(missing_ok=True)
         else:
+            self.close()
+        return written
+
+    def close(self) -> None:
+        """Remove the record of a checkout that has no layer; nothing happens to one that has."""
+        if not self.files:
             # The ledger goes first: with it the originals must be whole.
             (self.folder / "ledger.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
-        return written
 
     def _keep_originals(self, names: list[str]) -> None:
         for name in names:
