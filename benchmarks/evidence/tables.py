@@ -110,6 +110,21 @@ def regression_condition() -> str:
     return markdown(rows)
 
 
+def regression_speed() -> str:
+    path = RESULTS / "regression.jsonl"
+    found = load_results(path)[1] if path.exists() else []
+    models = list(dict.fromkeys(r["model"] for r in found))
+    rows = [["table", *models]]
+    for table in dict.fromkeys(r["table"] for r in found):
+        cells = {r["model"]: r for r in found if r["table"] == table}
+        row = [table]
+        for model in models:
+            seconds, count = cells[model]["seconds"]["median"], cells[model]["iterations"]
+            row.append(f"{1000 * seconds:.0f} ms, x{cells[model]['ratio']:.2f}, {count} it.")
+        rows.append(row)
+    return markdown(rows)
+
+
 def chosen(found: Records, better: Callable[[dict[str, Any]], float]) -> Records:
     """Return, of each group of runs, those at the learning rate that its first seed was best at."""
     groups: dict[tuple[Any, ...], Records] = defaultdict(list)
@@ -218,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "regression-iterations": regression_iterations,
     "regression-condition": regression_condition,
     "vision-resnet18": lambda: vision("resnet18"),
+    "regression-speed": regression_speed,
     "vision-head": lambda: vision("head", "vision_head"),
     "vision-vit": lambda: vision("vit"),
     "vision-cost": vision_cost,
