@@ -188,7 +188,7 @@ def real_layers(model: Path, text: Path, blocks: list[int], tokens: int) -> list
     for handle in handles:
         handle.remove()
     records: list[dict[str, Any]] = []
-    kinds = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    kinds = ("q_proj", "gate_proj", "down_proj")
     for kind in kinds:
         names = [name for name in weights if name.endswith(kind)]
         layers = [(weights[name], hessians[name]) for name in names]
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["speed", "loss", "real"])
     parser.add_argument("--model", type=Path, help="folder of a Llama-like model")
     parser.add_argument("--text", type=Path, help="calibration text")
-    parser.add_argument("--blocks", default="3,15,27")
+    parser.add_argument("--blocks", default="3,27")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

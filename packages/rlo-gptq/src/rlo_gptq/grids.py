@@ -78,9 +78,9 @@ class ScalarGrid:
     def set_scales(self, scales: Tensor) -> None:
         """Replace the scales, (groups, m)."""
         self.scales = scales
-        self._inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+        self.inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
         # Lists of rows: indexing a tensor costs more than the arithmetic on 1000 elements.
-        self._rows = list(zip(self._inverse, self.zeros, self.scales, strict=True))
+        self._rows = list(zip(self.inverse, self.zeros, self.scales, strict=True))
 
     def round_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
         """Write the nearest codes and values of column j, all (m,)."""
@@ -96,7 +96,7 @@ class ScalarGrid:
 
     def round_all(self, x: Tensor) -> Tensor:
         """Return the nearest codes (d, m) of x (d, m)."""
-        inverse, zero = self._inverse[self.group], self.zeros[self.group]
+        inverse, zero = self.inverse[self.group], self.zeros[self.group]
         return torch.addcmul(zero, x, inverse).round_().clamp_(0, self.top)
 
     def units(self, codes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ so that the dense matrix never exists. The transforms are structured and come fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ KEPT_DTYPE = ("scales", "zeros", "input_scale")
 def groups_of(columns: int, group_size: int) -> int:
     """Return how many grids a row of `columns` weights has; `group_size` < 1 is one."""
     return 1 if group_size < 1 else -(-columns // group_size)
+
+
+# Rows of inputs up to which the CUDA kernel multiplies; with more, tiles unpacked for a matrix
+# product pay.
+FEW_ROWS = 16
 
 
 def symmetric_zero(bits: int, *, integer: bool) -> float:
@@ -155,6 +161,8 @@ class QuantLinear(nn.Linear):
         empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, False))
         self._transform: Transform | None = None
+        # transformers draws the weights of linear layers that it did not load itself, at random.
+        self._is_hf_initialized = True
 
     weight: Tensor
     scales: Tensor
@@ -268,11 +276,38 @@ class QuantLinear(nn.Linear):
         if transform is not None:
             inner = transform.apply_input(inner)
         flat = inner.reshape(-1, self.in_features)
-        y: Tensor = _PackedMatmul.apply(flat, self._rows(flat.dtype), self.out_features)
+        y: Tensor = (
+            self._packed_matmul(flat)
+            if self._kernel_applies(flat)
+            else _PackedMatmul.apply(flat, self._rows(flat.dtype), self.out_features)
+        )
         y = y.view(*x.shape[:-1], self.out_features)
         if transform is not None:
             y = transform.apply_output_T(y)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _kernel_applies(self, x: Tensor) -> bool:
+        """Return whether the CUDA kernel for few rows can do this product, (n, in_features)."""
+        return (
+            x.is_cuda
+            and x.shape[0] <= FEW_ROWS
+            and not x.requires_grad
+            and self.settings.grid == "scalar"
+            and find_spec("triton") is not None
+        )
+
+    def _packed_matmul(self, x: Tensor) -> Tensor:
+        from rlo_gptq.packed_matmul import packed_matmul
+
+        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
+        return packed_matmul(
+            x,
+            self.weight,
+            self.scales,
+            zero if self.zeros is None else self.zeros,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
 
     def dequantize(self) -> Tensor:
         """Return the dense weight in the original basis, (out, in), float32."""

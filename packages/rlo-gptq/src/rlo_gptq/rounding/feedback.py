@@ -11,11 +11,12 @@ Source: QuIP (2307.13304), section 3; GPTQ (2210.17323), section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import Grid
+from rlo_gptq.grids import Grid, ScalarGrid
 
 # Columns rounded between two matrix products inside a block. A rank-1 update of 16 rows costs as
 # much as one operator call, so that the loop over columns is bound by calls, not by memory.
@@ -87,26 +88,74 @@ def round_with_feedback(
         Codes (d, m) and targets x (d, m), both in the order of visiting.
     """
     d = weight.shape[0]
-    columns = order.tolist()
     codes = torch.empty_like(weight)
     targets = weight.clone()
     errors = torch.empty_like(weight)
-    value = torch.empty_like(weight[0])
+    block = _kernel_block if noise is None and kernels_apply(weight, grid) else _torch_block
     for start in range(0, d, block_size):
-        stop = min(start + block_size, d)
+        rows = slice(start, min(start + block_size, d))
         if start:
-            targets[start:stop].addmm_(feedback[start:stop, :start], errors[:start])
-        for low in range(start, stop, TILE):
-            high = min(low + TILE, stop)
-            if low > start:
-                targets[low:high].addmm_(feedback[low:high, start:low], errors[start:low])
-            for j in range(low, high):
-                target = targets[j]
-                if noise is None:
-                    grid.round_column(target, columns[j], codes[j], value)
-                else:
-                    grid.round_column(target + noise[j], columns[j], codes[j], value)
-                torch.sub(weight[j], value, out=errors[j])
-                if j + 1 < high:
-                    targets[j + 1 : high].addr_(feedback[j + 1 : high, j], errors[j])
+            targets[rows].addmm_(feedback[rows, :start], errors[:start])
+        block(
+            targets[rows],
+            weight[rows],
+            feedback[rows, rows],
+            codes[rows],
+            errors[rows],
+            grid,
+            order[rows],
+            None if noise is None else noise[rows],
+        )
     return codes, targets
+
+
+def kernels_apply(weight: Tensor, grid: Grid) -> bool:
+    """Return whether the Triton kernels can round this matrix: CUDA, float32, a scalar grid."""
+    return (
+        weight.is_cuda
+        and weight.dtype == torch.float32
+        and type(grid) is ScalarGrid
+        and find_spec("triton") is not None
+    )
+
+
+def _kernel_block(
+    targets: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    grid: Grid,
+    order: Tensor,
+    noise: Tensor | None,
+) -> None:
+    from rlo_gptq.rounding.triton_kernels import feedback_block
+
+    if not isinstance(grid, ScalarGrid) or noise is not None:
+        raise TypeError("the kernel rounds to scalar grids without noise only")
+    feedback_block(targets, weight, feedback, codes, errors, grid, order)
+
+
+def _torch_block(
+    targets: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    grid: Grid,
+    order: Tensor,
+    noise: Tensor | None,
+) -> None:
+    """Round one block in tiles: rank-1 updates in a tile, one matrix product between tiles."""
+    columns = order.tolist()
+    value = torch.empty_like(weight[0])
+    for low in range(0, len(weight), TILE):
+        high = min(low + TILE, len(weight))
+        if low:
+            targets[low:high].addmm_(feedback[low:high, :low], errors[:low])
+        for j in range(low, high):
+            target = targets[j] if noise is None else targets[j] + noise[j]
+            grid.round_column(target, columns[j], codes[j], value)
+            torch.sub(weight[j], value, out=errors[j])
+            if j + 1 < high:
+                targets[j + 1 : high].addr_(feedback[j + 1 : high, j], errors[j])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import Grid, stored
-from rlo_gptq.rounding.feedback import TILE
+from rlo_gptq.grids import Grid, ScalarGrid, stored
+from rlo_gptq.rounding.feedback import TILE, kernels_apply
 from rlo_gptq.settings import ScaleDtype
 
 
@@ -61,36 +61,73 @@ def greedy_pass(state: Rounding, grid: Grid, *, block_size: int = 128) -> int:
     and between blocks by one matrix product.
     """
     H, codes, values, gradient = state.hessian, state.codes, state.values, state.gradient
-    d = len(values)
-    columns = state.order.tolist()
     # A column that no input moves has no best value; it keeps the one it has.
-    steps = torch.where(H.diagonal() > 0, -1 / H.diagonal(), 0.0).tolist()
-    value, target = torch.empty_like(values[0]), torch.empty_like(values[0])
+    steps = torch.where(H.diagonal() > 0, -1 / H.diagonal(), 0.0)
+    block = _kernel_block if kernels_apply(values, grid) else _torch_block
     changed = 0
-    for begin in range(0, d, block_size):
-        end = min(begin + block_size, d)
-        local = gradient[begin:end].clone()
-        moved = torch.zeros_like(local)
-        before = codes[begin:end].clone()
-        for low in range(begin, end, TILE):
-            high = min(low + TILE, end)
-            rows = slice(low - begin, high - begin)
-            if low > begin:
-                done = slice(0, low - begin)
-                local[rows].addmm_(H[low:high, begin:low], moved[done])
-            for j in range(low, high):
-                i = j - begin
-                torch.add(values[j], local[i], alpha=steps[j], out=target)
-                grid.improve_column(target, columns[j], codes[j], value)
-                torch.sub(value, values[j], out=moved[i])
-                values[j].copy_(value)
-                if j + 1 < high:
-                    local[i + 1 : high - begin].addr_(H[j + 1 : high, j], moved[i])
-        changes = int((before != codes[begin:end]).sum())
+    for begin in range(0, len(values), block_size):
+        rows = slice(begin, min(begin + block_size, len(values)))
+        before = codes[rows].clone()
+        moved = torch.zeros_like(values[rows])
+        local = gradient[rows].clone()
+        block(
+            local,
+            values[rows],
+            H[rows, rows],
+            codes[rows],
+            moved,
+            grid,
+            state.order[rows],
+            steps[rows],
+        )
+        changes = int((before != codes[rows]).sum())
         changed += changes
         if changes:
-            gradient.addmm_(H[:, begin:end], moved)
+            gradient.addmm_(H[:, rows], moved)
     return changed
+
+
+def _kernel_block(
+    local: Tensor,
+    values: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    moved: Tensor,
+    grid: Grid,
+    order: Tensor,
+    steps: Tensor,
+) -> None:
+    from rlo_gptq.rounding.triton_kernels import greedy_block
+
+    if not isinstance(grid, ScalarGrid):
+        raise TypeError("the kernel rounds to scalar grids only")
+    greedy_block(local, values, hessian, codes, moved, grid, order, steps)
+
+
+def _torch_block(
+    local: Tensor,
+    values: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    moved: Tensor,
+    grid: Grid,
+    order: Tensor,
+    steps: Tensor,
+) -> None:
+    """Move one block in tiles: rank-1 updates in a tile, one matrix product between tiles."""
+    columns, step_of = order.tolist(), steps.tolist()
+    value, target = torch.empty_like(values[0]), torch.empty_like(values[0])
+    for low in range(0, len(values), TILE):
+        high = min(low + TILE, len(values))
+        if low:
+            local[low:high].addmm_(hessian[low:high, :low], moved[:low])
+        for j in range(low, high):
+            torch.add(values[j], local[j], alpha=step_of[j], out=target)
+            grid.improve_column(target, columns[j], codes[j], value)
+            torch.sub(value, values[j], out=moved[j])
+            values[j].copy_(value)
+            if j + 1 < high:
+                local[j + 1 : high].addr_(hessian[j + 1 : high, j], moved[j])
 
 
 def refit_scales(state: Rounding, grid: Grid, *, per_tensor: bool, scale_dtype: ScaleDtype) -> None:
