@@ -49,6 +49,10 @@ class _ApplyLink(torch.autograd.Function):
         (ce,) = ctx.saved_tensors
         return grad * ctx.link.slope(ce), None
 
+
+class _ApplyLinkEager(_ApplyLink):
+    """The same with a forward-mode derivative, which torch.compile cannot trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (ce,) = ctx.saved_tensors
@@ -70,7 +74,8 @@ def apply_link(ce: Tensor, link: Link) -> Tensor:
         ce = ce.float()
     if isinstance(link, CE):
         return ce
-    applied: Tensor = _ApplyLink.apply(ce, link)
+    function = _ApplyLink if torch.compiler.is_compiling() else _ApplyLinkEager
+    applied: Tensor = function.apply(ce, link)
     return applied
 
 
@@ -94,13 +99,6 @@ class _HalfCrossEntropy(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        logits, target = ctx.saved_tensors
-        tangent = tangent.float()
-        mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
-        return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, target = ctx.saved_tensors
         p = F.softmax(logits, dim=-1, dtype=torch.float32)
@@ -109,6 +107,17 @@ class _HalfCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is being recorded
             return (p.scatter_add(-1, index, minus_one) * grad.unsqueeze(-1)).to(logits.dtype), None
         return p.scatter_add_(-1, index, minus_one).mul_(grad.unsqueeze(-1)).to(logits.dtype), None
+
+
+class _HalfCrossEntropyEager(_HalfCrossEntropy):
+    """The same with a forward-mode derivative, which torch.compile cannot trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        logits, target = ctx.saved_tensors
+        tangent = tangent.float()
+        mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
+        return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def link_cross_entropy(
@@ -186,7 +195,8 @@ def _hard(
         ce = -log_p.gather(class_dim, safe.unsqueeze(class_dim)).squeeze(class_dim)
     elif half:
         safe = target.masked_fill(~kept, 0)
-        ce = _HalfCrossEntropy.apply(logits.movedim(class_dim, -1), safe)
+        function = _HalfCrossEntropy if torch.compiler.is_compiling() else _HalfCrossEntropyEager
+        ce = function.apply(logits.movedim(class_dim, -1), safe)
     else:
         safe = target if weight is None else target.masked_fill(~kept, 0)
         ce = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
