@@ -1,4 +1,4 @@
-"""Small language models of many families, each made in a second, and a tokenizer without a download."""
+"""Small language models of many families, made in a second, and a tokenizer without a download."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ def quantize(
     layer: LayerSettings | None = None,
     *,
     progress: Silent | None = None,
+    processes: Processes | None = None,
     **options: Any,
 ) -> Result:
     """Quantize in this process; small and quick unless told otherwise."""
@@ -151,7 +152,7 @@ def quantize(
     return quantize_model(
         chosen,
         out,
-        Processes(0, 1, torch.device("cpu")),
+        processes or Processes(0, 1, torch.device("cpu")),
         progress=progress or Silent(),
         finish=lambda work, source, layout: write_checkpoint(
             work, source, layout, layer, base=str(model), dataset=str(text)

@@ -184,6 +184,11 @@ class Activations:
     def __len__(self) -> int:
         return self._store.shape[0] if self._file is None else self._shape[0]
 
+    def close(self) -> None:
+        """Give up the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+
     def get(self, index: int, device: torch.device) -> Tensor:
         """Return the hidden states of one sequence, (1, tokens, width)."""
         if self._file is None:

@@ -418,7 +418,10 @@ def run_quantization(
             "resumed_blocks": result.resumed,
             "seconds": round(time.perf_counter() - begin, 3),
         }
-        runs[0].finish(**document)
+        columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
+        by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
+        table = [{key: record[key] for key in columns} for record in by_error]
+        runs[0].finish(**document, layers_by_error=table)
         write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
         return document
 

@@ -238,6 +238,14 @@ class _Run:
         if self.options.hessian != PLAIN:
             self.token_weights = self._weigh_tokens(sequences, mine)
         activations, calls = self._first_inputs(sequences, mine)
+        try:
+            self._blocks_in_turn(activations, calls, mine)
+        finally:
+            activations.close()
+
+    def _blocks_in_turn(
+        self, activations: Activations, calls: list[BlockCall], mine: Sequence[int]
+    ) -> None:
         for index in range(self.layout.count):
             name = self.layout.block_name(index)
             part = f"block-{index:05d}"

@@ -1,0 +1,150 @@
+"""The commands, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from rlo_core.runs import read_metrics, read_run
+from rlo_gptq.cli import main
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def made(model_folder, text_file, tmp_path_factory):
+    """The folder and the document of `quantize --json`."""
+    out = tmp_path_factory.mktemp("made") / "q"
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 4, "--quant"]
+    arguments += ["ldlqRG", "--incoh_processing", "--nsamples", 4, "--seqlen", 32, "--npasses", 2]
+    return out, json.loads(run(*arguments, "--save", out, "--json").stdout)
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nfrom rlo_gptq.cli import main\n"
+        "for command in ('quantize', 'eval', 'inspect', 'compare'):\n"
+        "    main([command, '--help'], standalone_mode=False)\n"
+        "print([m for m in sys.modules if m in ('torch', 'transformers')], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert "--incoh_processing" in done.stdout
+    assert "--incoh-processing" in done.stdout
+
+
+def test_quantize_prints_one_document_and_writes_a_run_and_a_report(made):
+    out, document = made
+    assert document["layers"] == 14
+    assert document["bits"] == 4
+    assert 0 < document["mean_proxy"] <= document["worst_proxy"] < 0.05
+    assert document["bytes"] == (out / "model.safetensors").stat().st_size
+    run_document = read_run(out)
+    assert run_document["kind"] == "gptq quantize"
+    assert run_document["options"]["layer"]["rescale"] is True
+    assert run_document["options"]["layer"]["incoherence"] == "hadamard"
+    layers = [record["layer"] for record in read_metrics(out)]
+    assert len(layers) == 14
+    assert "model.layers.1.mlp.down_proj" in layers
+    assert "down_proj" in (out / "report.html").read_text()
+
+
+def test_quantizing_again_says_that_it_is_done(made, model_folder, text_file):
+    out, document = made
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 4]
+    arguments += ["--incoh-processing", "--nsamples", 4, "--seqlen", 32, "--npasses", 2]
+    again = json.loads(run(*arguments, "--save", out, "--json").stdout)
+    assert again["already_done"] is True
+    assert again["worst_layer"] == document["worst_layer"]
+
+
+def test_another_setting_in_the_same_folder_is_one_line_and_status_1(made, model_folder, text_file):
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 2]
+    result = run(*arguments, "--nsamples", 4, "--seqlen", 32, "--save", made[0], code=1)
+    assert result.stderr.startswith("Error: ")
+    assert "was begun with other settings (layer was" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_dry_run_prints_plan_memory_and_time_and_writes_nothing(model_folder, text_file, tmp_path):
+    arguments = ["quantize", model_folder("mixtral"), text_file, "--save", tmp_path / "q"]
+    document = json.loads(run(*arguments, "--dry-run", "--json").stdout)
+    assert document["layers"] == 20
+    assert document["blocks"] == 2
+    assert document["seqlen"] == 64
+    assert document["peak_memory_bytes"] > document["block_bytes"] > 0
+    assert document["estimated_seconds"] > 0
+    assert document["settings"]["method"] == "ldlqRG"
+    assert "peak memory bytes" in run(*arguments, "--dry_run").stdout
+    assert not (tmp_path / "q").exists()
+
+
+def test_eval_prints_the_perplexity_of_both_models(made, text_file):
+    arguments = ["eval", made[0], text_file, "--context", 32, "--max-tokens", 320, "--original"]
+    document = json.loads(run(*arguments, "--json").stdout)
+    assert document["perplexity"] == pytest.approx(document["original_perplexity"], rel=0.2)
+    assert document["tokens"] == 310
+    assert document["context"] == 32
+    assert document["bytes"] < document["original_bytes"]
+
+
+def test_inspect_lists_the_layers_with_their_errors(made):
+    document = json.loads(run("inspect", made[0], "--json").stdout)
+    assert document["layers"][0]["layer"].startswith("model.layers.0.")
+    assert len(document["layers"]) == 14
+    assert all(layer["proxy"] < 0.05 for layer in document["layers"])
+    assert document["settings"]["bits"] == 4
+    assert "model.layers.1.mlp.up_proj" in run("inspect", made[0]).stdout
+
+
+def test_compare_tabulates_and_draws(made, model_folder, text_file, tmp_path):
+    arguments = ["compare", made[0], model_folder("llama-gqa-tied"), "--dataset", text_file]
+    arguments += ["--context", 32, "--max-tokens", 320]
+    rows = json.loads(run(*arguments, "--json", "--plot", tmp_path / "p.svg").stdout)
+    assert [row["bits"] for row in rows] == [4, None]
+    assert rows[0]["bytes"] < rows[1]["bytes"]
+    assert rows[0]["quantize_seconds"] > 0
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+    assert "perplexity" in run("compare", made[0]).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["eval", "no/such/model", "text.txt"], 1, "no model at 'no/such/model': no such folder"),
+        (["eval", "."], 2, "give a DATASET, or --tasks"),
+        (["compare", ".", "--plot", "a.svg"], 2, "--plot needs --dataset"),
+        (
+            ["quantize", "m", "d", "--unbiased", "--npasses", "3", "--save", "x"],
+            2,
+            "npasses must be 0 with unbiased rounding, got 3",
+        ),
+        (["quantize", "m", "d"], 2, "Missing option '--save'"),
+    ],
+)
+def test_known_failures_are_one_line_and_usage_errors_status_2(arguments, code, message):
+    assert message in run(*arguments, code=code).stderr
+
+
+def test_tasks_without_lm_eval_say_what_to_install(made):
+    if __import__("importlib.util").util.find_spec("lm_eval"):
+        pytest.skip("lm-eval is installed")
+    result = run("eval", made[0], "--tasks", "arc_easy", code=1)
+    assert "pip install 'rlo-gptq[lm-eval]'" in result.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_makes_a_model(model_folder, text_file, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "rlo_gptq", "quantize", str(model_folder("llama-gqa-tied")), str(text_file)]
+    command += ["--nsamples", "4", "--seqlen", "32", "--save", str(tmp_path / "q"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == 14
