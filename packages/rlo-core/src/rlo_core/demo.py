@@ -95,11 +95,10 @@ def _load(entry: EntryPoint) -> Any:
         ) from error
 
 
-def _merged(summaries: dict[str, Any]) -> dict[str, Any]:
-    """Return one summary of all parts: tables under their own names, the rest under the part's."""
+def _merged(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return one summary of all parts: tables under their own names, the rest with the part's."""
     merged: dict[str, Any] = {}
     for name, summary in summaries.items():
-        tables = {key: value for key, value in summary.items() if isinstance(value, list)}
-        merged |= tables
-        merged[name] = {key: value for key, value in summary.items() if key not in tables}
+        for key, value in summary.items():
+            merged[key if isinstance(value, list) else f"{name} {key}"] = value
     return merged
