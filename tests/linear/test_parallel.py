@@ -138,14 +138,13 @@ def dtensors(rank: int) -> None:
         link_linear_cross_entropy(hidden, whole, target, Rooted(3.0), bias=bias), expected.detach()
     )
     split = distribute_tensor(weight.clone(), mesh, [Shard(1)])
-    with pytest.raises(
-        ValueError, match=r"weight must be Shard\(0\) or Replicate, got Shard\(dim=1\)|S\(1\)"
-    ):
+    with pytest.raises(ValueError, match=r"must be Shard\(0\) or Replicate, got S"):
         link_linear_cross_entropy(hidden, split, target, Rooted(3.0))
     with pytest.raises(ValueError, match="needs impl='chunked', got 'torch'"):
         link_linear_cross_entropy(hidden, head.weight, target, Rooted(3.0), impl="torch")
 
 
+@pytest.mark.slow
 def test_a_dtensor_head_gives_the_loss_and_gradients_of_the_whole(tmp_path):
     on_two_ranks(dtensors, tmp_path)
 
@@ -170,7 +169,7 @@ def batches() -> Tensor:
 
 
 def data_parallel(rank: int) -> None:
-    """DDP and FSDP2 average the ranks' gradients; each rank has as many tokens, so it is the mean."""
+    """DDP and FSDP2 average the gradients; all ranks have as many tokens, so it is the mean."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -191,6 +190,7 @@ def data_parallel(rank: int) -> None:
         close(found.grad.full_tensor(), expected.grad)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_train_through_the_fused_loss(tmp_path):
     on_two_ranks(data_parallel, tmp_path)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlo_core.functional import apply_link
+from rlo_core.linear.codes import is_built_in
 from rlo_core.links import Link, RootedConvex
 
 HOW_TO_INSTALL = "pip install 'rlo-core[cce]'"
@@ -32,12 +33,13 @@ def check_cce(
 
 
 def filter_eps(link: Link) -> str | None:
-    """The gradient filter to ask for: the package's own, but none for a link that grows.
+    """The gradient filter to ask for: the package's own, but none where a slope may grow.
 
     It drops blocks whose softmax is below the precision of bfloat16, before the row's scale is
-    known. A bounded slope keeps what is dropped small; the convex link's has no bound.
+    known. A bounded slope keeps what is dropped small; that of the convex link, or of a link of
+    your own, may have no bound.
     """
-    return None if isinstance(link, RootedConvex) else "auto"
+    return "auto" if is_built_in(link) and type(link) is not RootedConvex else None
 
 
 def cce_rows(

@@ -128,8 +128,9 @@ def _run(
     if o.hidden_grad:
         make = hidden.new_empty if kept is None else hidden.new_zeros
         sums.hidden_grad = make((tokens, width), dtype=o.compute)
-    if o.weight_grad:
-        sums.weight_grad = weight.new_zeros(weight.shape, dtype=work)
+    if o.weight_grad:  # the first chunk fills it
+        make = hidden.new_empty if count else hidden.new_zeros
+        sums.weight_grad = make(weight.shape, dtype=work)
     if o.bias_grad:
         sums.bias_grad = weight.new_zeros(weight.shape[0], dtype=work)
     step = chunk_size(count, o.rows)
@@ -152,7 +153,7 @@ def _run(
             h = h.masked_fill(skip.unsqueeze(1), 0.0)
         loss[at], scale[at] = value, s
         if o.any_grad:
-            _accumulate(sums, at, tile, h, weight, s)
+            _accumulate(sums, at, tile, h, weight, s, first=start == 0)
     if o.ranks is not None and sums.hidden_grad is not None:
         sums.hidden_grad = o.ranks.sum_(sums.hidden_grad)
     return sums
@@ -196,7 +197,14 @@ def _rows(
 
 
 def _accumulate(
-    sums: Sums, at: slice | Tensor, tile: Tensor, h: Tensor, weight: Tensor, s: Tensor
+    sums: Sums,
+    at: slice | Tensor,
+    tile: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    *,
+    first: bool,
 ) -> None:
     """Add one chunk: dh = G W (its scale comes later), dW += G^T (s h), db += G^T s."""
     if sums.hidden_grad is not None:
@@ -206,19 +214,28 @@ def _accumulate(
             sums.hidden_grad[at] = torch.mm(tile, weight)
     if tile.dtype == s.dtype:
         if sums.weight_grad is not None:
-            sums.weight_grad.addmm_(tile.t(), h * s.unsqueeze(1))
+            sums.weight_grad.addmm_(tile.t(), h * s.unsqueeze(1), beta=0 if first else 1)
         if sums.bias_grad is not None:
             sums.bias_grad.addmv_(tile.t(), s)
         return
-    # Half precision: scales above its range (a convex link) or below it stay in float32.
-    unit = s.abs().amax().clamp_(min=torch.finfo(s.dtype).tiny)
-    share = s / unit
-    scaled = (h * share.unsqueeze(1)).to(tile.dtype)
+    # float16: scales above its range (a convex link) or below it stay in float32, as one unit for
+    # all rows of the chunk. bfloat16 has the range of float32.
+    unit = None
+    if tile.dtype == torch.float16:
+        unit = s.abs().amax().clamp_(min=torch.finfo(s.dtype).tiny)
+        s = s / unit
     if sums.bias_grad is not None:
-        part = torch.mv(tile.t(), share.to(tile.dtype))
-        sums.bias_grad.addcmul_(part.to(s.dtype), unit)
-    if sums.weight_grad is not None:
-        for first in range(0, tile.shape[1], VOCABULARY_BLOCK):
-            classes = slice(first, first + VOCABULARY_BLOCK)
-            part = torch.mm(tile[:, classes].t(), scaled)
-            sums.weight_grad[classes].addcmul_(part.to(s.dtype), unit)
+        part = torch.mv(tile.t(), s.to(tile.dtype)).to(s.dtype)
+        sums.bias_grad.add_(part if unit is None else part * unit)
+    if sums.weight_grad is None:
+        return
+    scaled = (h * s.unsqueeze(1)).to(tile.dtype)
+    for start in range(0, tile.shape[1], VOCABULARY_BLOCK):
+        classes = slice(start, start + VOCABULARY_BLOCK)
+        part = torch.mm(tile[:, classes].t(), scaled)
+        if unit is not None:
+            part = part.to(s.dtype).mul_(unit)
+        if first:
+            sums.weight_grad[classes].copy_(part)
+        else:
+            sums.weight_grad[classes].add_(part)

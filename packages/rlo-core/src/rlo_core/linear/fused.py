@@ -65,8 +65,8 @@ def link_linear_cross_entropy(
             models; `token_weight` shifts with `target`.
         impl: "chunked"; "torch", all logits at once, differentiable twice; "cce", the package
             cut-cross-entropy (CUDA); "auto" chooses.
-        memory_budget: Bytes for the logits that exist at a time; None for 512 tokens' on a CPU, a
-            quarter of the weight's size on CUDA (256 MiB at least).
+        memory_budget: Bytes for the logits that exist at a time; None for 512 tokens' in float32
+            (1024 in bfloat16) on a CPU, a quarter of the weight's size on CUDA (256 MiB at least).
         explain: Print to standard error what was chosen, and why.
 
     Returns:

@@ -38,7 +38,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Exact: per chunk of tokens, the maximum, the sum of exponentials and the target's logit are
     reduced over the ranks (three numbers per token), and the gradient of `hidden` once at the end.
-    No rank ever sees another's logits. A DTensor weight goes to `link_linear_cross_entropy` directly.
+    No rank ever sees another's logits. Give a DTensor weight to `link_linear_cross_entropy`.
 
     Args:
         hidden: (..., D), the same on every rank of the group.
