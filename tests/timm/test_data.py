@@ -158,9 +158,10 @@ def test_real_cifar10_has_its_classes_and_its_first_label(shared_data: Path) -> 
 
 def test_training_images_are_augmented_and_validation_images_are_not() -> None:
     data = load_data(Settings(dataset="digits"))
-    assert not torch.equal(data.train[0][0], data.train[0][0]) or not torch.equal(
-        data.train[1][0], data.train[1][0]
-    )
+    first = torch.stack([data.train[i][0] for i in range(8)])
+    assert torch.equal(first, torch.stack([data.train[i][0] for i in range(8)]))
+    data.train.epoch = 1
+    assert not torch.equal(first, torch.stack([data.train[i][0] for i in range(8)]))
     assert torch.equal(data.val[0][0], data.val[0][0])
     assert len(data.train) + len(data.val) == 1797
 

@@ -147,8 +147,21 @@ def main(checkout: Path, data: Path, output: Path) -> None:
             print(json.dumps({"run": name, "error": repr(error), "trace": trace}), flush=True)
 
     def path(name: str, argv: list[str], flags: dict[str, Any]) -> dict[str, Any]:
-        one(script, [*where, "--loss", SPEC, *argv], output)
+        try:
+            one(script, [*where, "--loss", SPEC, *argv], output)
+        except SystemExit:
+            if fails_without_us(argv):
+                return {"upstream_fails": True}
+            raise
         return check(name, flags)
+
+    def fails_without_us(argv: list[str]) -> bool:
+        """Tell whether the script itself, unlaunched, cannot do this on this torch."""
+        try:
+            one(script, [*where, *argv], output, launched=False)
+        except SystemExit:
+            return True
+        return False
 
     for name, (argv, flags) in runs(options).items():
         attempt(name, lambda n=name, a=argv, f=flags: path(n, a, f))
@@ -159,7 +172,12 @@ def main(checkout: Path, data: Path, output: Path) -> None:
         first = one(script, [*where, "-c", str(config), "--epochs", "2"], output)
         saved = yaml.safe_load((first / "args.yaml").read_text())
         resume = ["-c", str(first / "args.yaml"), "--resume", str(first / "last.pth.tar")]
-        again = one(script, [*where, *resume, "--epochs", "3"], output)
+        try:
+            again = one(script, [*where, *resume, "--epochs", "3"], output)
+        except SystemExit:
+            if fails_without_us([*resume[2:], "--epochs", "3"]):
+                return {"upstream_fails": True, "saved": saved["loss"]}
+            raise
         result = check("", {})  # past the warmup: the loss is the target's
         return {**result, "saved": saved["loss"], "epochs": len(_rows(again))}
 

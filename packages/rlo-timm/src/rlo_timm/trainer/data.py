@@ -66,12 +66,13 @@ class Data:
         }
 
 
-def load_data(settings: Settings, *, size: int | None = None) -> Data:
+def load_data(settings: Settings, *, size: int | None = None, seed: int = 0) -> Data:
     """Load the data set that the settings name.
 
     Args:
         settings: dataset, data_dir, download, size, augment, randaugment and the limits count.
         size: The side that the network works at, over the data set's own.
+        seed: Of the augmentation.
 
     Raises:
         DataError: it is not there (and what to put where), or not laid out as expected.
@@ -81,7 +82,10 @@ def load_data(settings: Settings, *, size: int | None = None) -> Data:
     mean, std = (CIFAR_MEAN, CIFAR_STD) if raw.cifar else (IMAGENET_MEAN, IMAGENET_STD)
     return Data(
         Pictures(
-            raw.train, _train_transform(settings, raw, side, mean, std), limit=settings.train_limit
+            raw.train,
+            _train_transform(settings, raw, side, mean, std),
+            limit=settings.train_limit,
+            seed=seed,
         ),
         Pictures(raw.val, _val_transform(raw, side, mean, std), limit=settings.val_limit),
         raw.classes,

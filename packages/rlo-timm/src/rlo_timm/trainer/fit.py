@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy
 import torch
 import yaml
 from lightning.pytorch.callbacks import (
@@ -54,7 +55,7 @@ class Loaders(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             seed=self.seed,
         )
-        return self._loader(sampler, self.data.train, drop_last=False)
+        return self._loader(sampler, self.data.train)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation loader."""
@@ -67,16 +68,16 @@ class Loaders(pl.LightningDataModule):
                 rank=self.trainer.global_rank,
                 shuffle=False,
             )
-        return self._loader(sampler, self.data.val, drop_last=False)
+        return self._loader(sampler, self.data.val)
 
-    def _loader(self, sampler: Any, data: Any, *, drop_last: bool) -> DataLoader[Any]:
+    def _loader(self, sampler: Any, data: Any) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_size=self.settings.batch_size,
             sampler=sampler,
             num_workers=self.settings.workers,
+            generator=torch.Generator().manual_seed(self.seed),  # not the one that dropout draws on
             pin_memory=torch.cuda.is_available(),
-            drop_last=drop_last,
         )
 
 
@@ -88,10 +89,17 @@ class RunLog(Callback):
         self.lr = 0.0
         self.stopped_by: BaseException | None = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin: Lightning leaves `on_train_epoch_start` out for the first epoch after a resume."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seed: an epoch's crops and flips do not depend on how the run came to it."""
-        torch.manual_seed(self.seed + 1_000_003 * (trainer.current_epoch + 1) + trainer.global_rank)
-        random.seed(self.seed + trainer.current_epoch)
+        """Seed: dropout and mixup do not depend on how the run came to this epoch."""
+        assert isinstance(trainer.datamodule, Loaders)  # type: ignore[attr-defined]
+        trainer.datamodule.data.train.epoch = trainer.current_epoch  # type: ignore[attr-defined]
+        mixed = self.seed + 1_000_003 * (trainer.current_epoch + 1) + trainer.global_rank
+        torch.manual_seed(mixed)
+        numpy.random.seed(mixed % 2**32)
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -169,7 +177,7 @@ def fit(
     settings.spec()
     seed = _seed(settings)
     side = image_size(settings.net, own_size(settings))
-    data = load_data(settings, size=side)
+    data = load_data(settings, size=side, seed=seed)
     net = create_net(
         settings.net,
         classes=len(data.classes),
@@ -192,15 +200,9 @@ def fit(
             resume=checkpoint is not None,
         )
     log = RunLog(run, seed)
-    saver = ModelCheckpoint(
-        dirpath=out / CHECKPOINTS,
-        filename="best",
-        monitor="val_acc1",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    trainer = _trainer(settings, out, log, saver, fast_dev_run=fast_dev_run, progress=progress)
+    best, last = _savers(out)
+    callbacks: list[Callback] = [log] if fast_dev_run else [log, best, last]
+    trainer = _trainer(settings, out, callbacks, fast_dev_run=fast_dev_run, progress=progress)
     try:
         with warnings.catch_warnings():
             # With one process a DistributedSampler is only our seeded order.
@@ -220,7 +222,24 @@ def fit(
         raise
     if run is None or not trainer.is_global_zero:
         return {key: float(value) for key, value in trainer.callback_metrics.items()}
-    return _finish(run, out, Path(saver.best_model_path))
+    return _finish(run, out, Path(best.best_model_path))
+
+
+def _savers(out: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """Return what saves the best epoch, and what saves each one.
+
+    Two, because Lightning's `save_last` follows the best one: it skips an epoch that is no better.
+    """
+    folder = out / CHECKPOINTS
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="val_acc1",
+        mode="max",
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
+    return best, last
 
 
 def _is_first() -> bool:
@@ -229,7 +248,7 @@ def _is_first() -> bool:
 
 
 def _seed(settings: Settings) -> int:
-    """Seed everything; a drawn seed reaches the other processes of a run in Lightning's variable."""
+    """Seed everything; a drawn seed reaches other processes in Lightning's own variable."""
     seed = settings.seed
     if seed is None and _is_first():
         seed = random.SystemRandom().randrange(2**31)
@@ -239,16 +258,12 @@ def _seed(settings: Settings) -> int:
 def _trainer(
     settings: Settings,
     out: Path,
-    log: RunLog,
-    saver: ModelCheckpoint,
+    callbacks: list[Callback],
     *,
     fast_dev_run: bool,
     progress: bool,
 ) -> pl.Trainer:
     loggers: list[Logger] = [] if fast_dev_run else _loggers(settings, out)
-    callbacks: list[Callback] = [log]
-    if not fast_dev_run:
-        callbacks.append(saver)
     if loggers:
         callbacks.append(LearningRateMonitor(logging_interval="epoch"))
     if progress:
@@ -275,7 +290,7 @@ def _trainer(
 
 
 def _loggers(settings: Settings, out: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(out, name="", version="csv")]
+    loggers: list[Logger] = [CSVLogger(out, name="csv")]
     with contextlib.suppress(ModuleNotFoundError):  # an extra: rlo-timm[tensorboard]
         loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
     if settings.wandb:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from rlo_core.errors import DataError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -31,13 +32,23 @@ class Source(Protocol):
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """The first `limit` pictures of a source, each transformed when it is asked for."""
+    """The first `limit` pictures of a source, each transformed when it is asked for.
+
+    With a `seed` the transform's random numbers depend on it, on `epoch` and on the picture alone:
+    not on the process that does it, nor on how many came before.
+    """
 
     def __init__(
-        self, source: Source, transform: Callable[[Any], Tensor], *, limit: int | None = None
+        self,
+        source: Source,
+        transform: Callable[[Any], Tensor],
+        *,
+        limit: int | None = None,
+        seed: int | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
+        self.seed, self.epoch = seed, 0
         self.length = min(len(source.labels), limit or len(source.labels))
 
     def __len__(self) -> int:
@@ -46,7 +57,12 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return self.transform(self.source.image(index)), int(self.source.labels[index])
+        image, label = self.source.image(index), int(self.source.labels[index])
+        if self.seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, self.epoch, index)))  # of integers: always the same
+            return self.transform(image), label
 
     def fingerprint(self) -> str:
         """Return a hash of the labels and of the first, middle and last pictures."""
@@ -88,7 +104,8 @@ class ParquetSource:
     def image(self, index: int) -> Image:
         from PIL import Image as Pillow
 
-        return Pillow.open(io.BytesIO(self._bytes[index]))
+        with Pillow.open(io.BytesIO(self._bytes[index])) as picture:
+            return picture.convert("RGB")
 
 
 def _column(names: Sequence[str], known: Sequence[str], what: str, file: Path) -> str:
@@ -123,7 +140,8 @@ class FolderSource:
     def image(self, index: int) -> Image:
         from PIL import Image as Pillow
 
-        return Pillow.open(self._paths[index])
+        with Pillow.open(self._paths[index]) as picture:  # it holds the file until it is decoded
+            return picture.convert("RGB")
 
 
 def images_in(folder: Path) -> list[Path]:
