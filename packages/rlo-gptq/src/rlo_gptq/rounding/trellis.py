@@ -160,34 +160,47 @@ def _encode_batch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _viterbi(x: Tensor, weight: Tensor, seam: Tensor | None) -> Tensor:
-    """Return the best codes (batch, n); the four codes at both ends are `seam` if it is given."""
+    """Return the best codes (batch, n); the four codes at both ends are `seam` if it is given.
+
+    A state is 4 u + c, c its newest code; costs are laid out (c, batch, u), in which a step is a
+    minimum over contiguous quarters, a small transposition and an addition. The choices are not
+    kept: they are read off the costs afterwards, for all steps at once, which is faster.
+    """
     batch, n = x.shape
-    quarter = STATES // 4
-    values = codebook(x.device, x.dtype)
-    # w (x - v)^2 without its constant part, for all steps and states: one product of rank two.
-    terms = torch.stack([weight.T, -2 * (weight * x).T], dim=-1).reshape(n * batch, 2)
-    cost_of = (terms @ torch.stack([values.square(), values])).view(n, batch, quarter, 4)
-    cost = torch.zeros(batch, STATES, dtype=x.dtype, device=x.device)
+    quarter, sixteenth = STATES // 4, STATES // 16
+    value = codebook(x.device, x.dtype).view(quarter, 4).T[:, None]  # (c, 1, u)
+    older = torch.arange(quarter, device=x.device)
+    ends = 4 * (older % sixteenth) + torch.arange(4, device=x.device)[:, None, None]
+    closed = torch.zeros(4, batch, quarter, dtype=x.dtype, device=x.device)
     if seam is not None:
-        ends = torch.arange(STATES, device=x.device) % quarter
-        cost.masked_fill_(ends != seam[:, None], float("inf"))
-    came_from = torch.empty(n, batch, quarter, dtype=torch.int64, device=x.device)
-    best = torch.empty(batch, quarter, dtype=x.dtype, device=x.device)
+        closed.masked_fill_(ends != seam[:, None], float("inf"))
+    cost = torch.empty(n + 1, 4, batch, quarter, dtype=x.dtype, device=x.device)
+    cost[0] = closed
+    # w (x - v)^2 without its constant part, for all steps and states.
+    scale = weight.T[:, None, :, None]
+    torch.mul(scale, value.square(), out=cost[1:])
+    cost[1:].addcmul_(scale * x.T[:, None, :, None], value, value=-2)
+    best = torch.empty(n, 4, batch, sixteenth, dtype=x.dtype, device=x.device)
+    entering = torch.empty(batch, sixteenth, 4, dtype=x.dtype, device=x.device)
     for t in range(n):
-        # States 4u..4u+3 follow the four states p * 256 + u.
-        torch.min(cost.view(batch, 4, quarter), dim=1, out=(best, came_from[t]))
-        cost = cost_of[t].add_(best[:, :, None]).view(batch, STATES)
-    if seam is not None:
-        cost = cost.masked_fill(ends != seam[:, None], float("inf"))
-    state = cost.argmin(1)
-    came_from = came_from.mul_(quarter).view(n, -1)
+        # States 4 u + c follow the four states p * 256 + u.
+        torch.amin(cost[t].view(4, batch, 4, sixteenth), dim=2, out=best[t])
+        entering.copy_(best[t].permute(1, 2, 0))
+        cost[t + 1].add_(entering.view(batch, quarter))
+    last = (cost[n] + closed).permute(1, 2, 0).reshape(batch, STATES).argmin(1)
+    came = cost[1:n].view(n - 1, 4, batch, 4, sixteenth) != best[1:, :, :, None]
+    oldest = came[..., 0, :].long() * (1 + came[..., 1, :].long() * (1 + came[..., 2, :].long()))
+    oldest = oldest.mul_(sixteenth).add_(older[:sixteenth])
     offset = torch.arange(batch, device=x.device) * quarter
+    before = (oldest.permute(0, 2, 3, 1).reshape(n - 1, batch, quarter) + offset[:, None]).flatten(
+        1
+    )
     path = torch.empty(n, batch, dtype=torch.int64, device=x.device)
-    for t in range(n - 1, -1, -1):
-        path[t] = state
-        upper = state >> 2
-        state = upper + came_from[t].take(upper + offset)
-    return (path & 3).T
+    path[n - 1] = (last >> 2) + offset
+    for t in range(n - 1, 0, -1):
+        torch.take(before[t - 1], path[t], out=path[t - 1])
+    # The newest code of a step is the lowest of the older codes one step later.
+    return torch.cat([path[1:] & 3, (last & 3)[None]]).T
 
 
 class TrellisGrid:
