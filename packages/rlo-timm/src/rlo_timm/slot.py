@@ -80,6 +80,7 @@ class Slot:
         self._dest = "loss"
         self._schedule_flag = "--loss-schedule"
         self._host_loss: argparse.Action | None = None
+        self._host_default: Any = None
         self._scheduled: nn.Module | None = None
         self._epoch, self._epochs = 0, 1
 
@@ -98,6 +99,7 @@ class Slot:
         if "--loss-schedule" in taken or "loss_schedule" in dests:
             self._schedule_flag = "--rlo-loss-schedule"
         host = self._host_loss
+        self._host_default = None if host is None else host.default
         if host is not None and host.choices is not None:
             host.choices = _Choices(host.choices)
         group = parser.add_argument_group("Rooted logistic objectives (rlo-timm)")
@@ -158,8 +160,9 @@ class Slot:
         own = host.choices.own if isinstance(host.choices, _Choices) else None
         if _is_ours(value, own):
             setattr(args, self._dest, value)
-            # A default that is ours came from YAML, over the script's own, which is not known here.
-            setattr(args, host.dest, None if _is_ours(host.default, own) else host.default)
+            # A default that is ours came from YAML, over the script's own.
+            default = self._host_default if _is_ours(host.default, own) else host.default
+            setattr(args, host.dest, default)
 
     def _spec(self, args: argparse.Namespace) -> LossSpec:
         schedule = getattr(args, self._schedule_flag[2:].replace("-", "_"), None)

@@ -1,4 +1,4 @@
-"""The data sets of `rlo-timm train`: what each is, where it has to be, its transforms."""
+"""The data sets of `rlo-timm train`: what each is, and where it has to be."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rlo_core.errors import DataError
 from torchvision import datasets  # type: ignore[import-untyped]
-from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from rlo_timm.models import CIFAR_MEAN, CIFAR_STD
 from rlo_timm.trainer import tiny_imagenet
 from rlo_timm.trainer.pictures import (
     FolderSource,
@@ -23,12 +20,11 @@ from rlo_timm.trainer.pictures import (
     Source,
 )
 from rlo_timm.trainer.settings import Settings
+from rlo_timm.trainer.transforms import train_transform, val_transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Transform = Callable[[Any], torch.Tensor]
 NAMED = ("cifar10", "cifar100", "tiny-imagenet", "food101", "imagenet", "digits")
 _VALIDATION = ("val", "validation", "valid", "test")
 
@@ -79,15 +75,14 @@ def load_data(settings: Settings, *, size: int | None = None, seed: int = 0) -> 
     """
     raw = _raw(settings)
     side = size or settings.size or raw.size
-    mean, std = (CIFAR_MEAN, CIFAR_STD) if raw.cifar else (IMAGENET_MEAN, IMAGENET_STD)
     return Data(
         Pictures(
             raw.train,
-            _train_transform(settings, raw, side, mean, std),
+            train_transform(settings, raw.size, side, flip=raw.flip, cifar=raw.cifar),
             limit=settings.train_limit,
             seed=seed,
         ),
-        Pictures(raw.val, _val_transform(raw, side, mean, std), limit=settings.val_limit),
+        Pictures(raw.val, val_transform(raw.size, side, cifar=raw.cifar), limit=settings.val_limit),
         raw.classes,
         side,
     )
@@ -261,42 +256,3 @@ def _side(source: Source) -> int:
     """Return the side of the images where they are small squares, and 224 otherwise."""
     width, height = source.image(0).size
     return width if width == height and width <= 128 else 224
-
-
-def _train_transform(
-    settings: Settings, raw: Raw, side: int, mean: Sequence[float], std: Sequence[float]
-) -> Transform:
-    if not settings.augment:
-        return _val_transform(raw, side, mean, std)
-    steps: list[Any] = [v2.RGB()]
-    if raw.size >= 128:
-        steps.append(v2.RandomResizedCrop(side, antialias=True))
-    else:
-        if side != raw.size:
-            steps.append(v2.Resize((side, side), antialias=True))
-        steps.append(v2.RandomCrop(side, padding=max(1, side // 8)))
-    if raw.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if settings.randaugment:
-        steps.append(v2.RandAugment(num_ops=2, magnitude=14))
-    composed: Transform = v2.Compose([*steps, *_to_tensor(mean, std)])
-    return composed
-
-
-def _val_transform(raw: Raw, side: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    steps: list[Any] = [v2.RGB()]
-    if raw.size >= 128:  # the usual 256 / 224
-        steps += [v2.Resize(round(side * 256 / 224), antialias=True), v2.CenterCrop(side)]
-    else:
-        steps.append(v2.Resize((side, side), antialias=True))
-    composed: Transform = v2.Compose([*steps, *_to_tensor(mean, std)])
-    return composed
-
-
-def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    return [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
-        v2.ToPureTensor(),
-    ]
