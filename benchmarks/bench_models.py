@@ -1,21 +1,22 @@
 """Whole models: bits x methods x incoherence -> perplexity, bytes, seconds.
 
 `python benchmarks/bench_models.py stories --data DIR` quantizes stories260k;
-`... smollm2 --data DIR --model DIR_OR_GGUF` SmolLM2-135M. DIR is the folder of real data. Calibration
-and evaluation texts do not overlap. Results are written after every model, so that a run that is
-stopped keeps what it has.
+`... smollm2 --data DIR --model DIR_OR_GGUF` SmolLM2-135M. DIR is the folder of real data, texts for
+calibration and for evaluation do not overlap. Results are written after every model, and a run that
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write_results
+from harness import RESULTS, write_results
 from rlo_gptq.cli_quantize import run_quantization
 from rlo_gptq.evaluate import evaluate_perplexity
 from rlo_gptq.pipeline import Options
@@ -26,7 +27,7 @@ HELD_OUT = 400
 
 
 def split_stories(data: Path, folder: Path) -> Path:
-    """The last 400 stories are for evaluation, each with the model's <s> put in front by the tokenizer."""
+    """The last 400 stories are for evaluation; the tokenizer puts <s> in front of each."""
     text = (data / "tinystories-sample" / "stories.txt").read_text(encoding="utf-8")
     stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
     parts = {"train": stories[:-HELD_OUT], "test": stories[-HELD_OUT:]}
@@ -40,12 +41,24 @@ def configurations(names: list[str]) -> list[dict[str, Any]]:
     found = []
     for name in names:
         bits, method, *rest = name.split(":")
-        options: dict[str, Any] = {"bits": int(bits), "method": method}
-        if rest:
-            options["incoherence"] = rest[0]
-            options["rescale"] = "rescale" in rest[1:]
-        found.append(options)
+        incoherence = rest[0] if rest else "none"
+        found.append(
+            {
+                "bits": int(bits),
+                "method": method,
+                "incoherence": incoherence,
+                "rescale": "rescale" in rest[1:],
+            }
+        )
     return found
+
+
+def earlier(which: str) -> list[dict[str, Any]]:
+    """Return the records that are there already; delete the file to start afresh."""
+    path = RESULTS / f"models_{which}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
 def main() -> None:
@@ -62,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = args.configs or [
         f"{bits}:{method}{incoherence}"
-        for bits in (4, 3, 2)
+        for bits in (2, 3, 4)
         for method in METHODS
         for incoherence in ("", ":hadamard:rescale")
     ]
@@ -76,10 +89,14 @@ def main() -> None:
             model, text = args.model, args.data / "wikitext2-raw"
         measure = {"context": args.context, "max_tokens": args.eval_tokens}
         calibration = "train" if args.which == "stories" else "validation"
-        original = evaluate_perplexity(model, str(text), **measure)
         keys = ("perplexity", "ce", "tokens", "context", "bytes")
-        records: list[dict[str, Any]] = [{"method": "original", **{k: original[k] for k in keys}}]
+        records = earlier(args.which)
+        if not records:
+            original = evaluate_perplexity(model, str(text), **measure)
+            records.append({"method": "original", **{key: original[key] for key in keys}})
         for number, settings in enumerate(configurations(names)):
+            if any(settings.items() <= record.items() for record in records):
+                continue  # a run that was stopped goes on
             folder = work / f"model-{number}"
             options = Options(
                 model=model,

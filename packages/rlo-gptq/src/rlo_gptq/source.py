@@ -131,9 +131,10 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
         raise SourceError(f"reading {file.name!r} needs the package gguf: {error}") from error
     except (ValueError, KeyError, OSError) as error:
         raise SourceError(f"{str(file)!r} could not be read as GGUF: {error}") from error
-    if getattr(model, "hf_quantizer", None) is not None:
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
         # The weights are floats by now; transformers would still refuse to save what was GGUF.
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(folder)
