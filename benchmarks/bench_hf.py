@@ -2,7 +2,7 @@
 
 A Llama of two layers with a vocabulary of 32,000, where the output layer is most of the step, as it
 is for small models with large vocabularies (SmolLM2-135M: 49,152 x 576). One thread, process time,
-interleaved. Liger's kernels are Triton and cut-cross-entropy's too: they do not run on a CPU.
+interleaved. Liger's and cut-cross-entropy's kernels are Triton: they do not run on a CPU.
 
     python benchmarks/bench_hf.py [--rounds 12]
 """

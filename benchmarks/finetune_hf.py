@@ -3,8 +3,8 @@
     python benchmarks/finetune_hf.py stories260k --data FOLDER
     python benchmarks/finetune_hf.py smollm2 --data FOLDER --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-FOLDER holds `stories260k`, `tinystories-sample` and `wikitext2-raw`. CPU-sized: a few dozen updates
-at the same learning rate for every loss, which is not tuned for any.
+FOLDER holds `stories260k`, `tinystories-sample` and `wikitext2-raw`. CPU-sized: a few dozen
+updates at the same learning rate for every loss, which is not tuned for any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from harness import write_results
-from rlo_hf.finetune import FinetuneOptions, finetune
+from rlo_hf.finetune import finetune
+from rlo_hf.finetune_options import FinetuneOptions
 
 LOSSES = ("ce", "dft", "rlo:k=5,m=5")
 

@@ -158,15 +158,16 @@ def finetune(
     name = name or Path(settings["model"]).name
     folder = out or f"runs/finetune-{name}-{re.sub(r'[^A-Za-z0-9.=-]+', '_', spec)}"
 
-    _quiet_unless_terminal()
-    from rlo_hf.finetune import FinetuneOptions
-    from rlo_hf.finetune import finetune as run_finetune
+    from rlo_hf.finetune_options import FinetuneOptions
 
     options = FinetuneOptions(loss=spec, out=folder, **settings)
     target = None if no_save else save or Path(folder) / "model"
     if dry_run:
         click.echo(json.dumps({**asdict(options), "save": target}, indent=2, default=str))
         return
+    _quiet_unless_terminal()
+    from rlo_hf.finetune import finetune as run_finetune
+
     summary = run_finetune(
         options,
         save=target,

@@ -6,20 +6,21 @@ and reports cross entropy and perplexity beside the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
 import transformers
 from rlo_core.errors import RLOError
-from rlo_core.schedules import set_progress
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from rlo_hf.conventions import add_decoder_inputs, matched, refuse_hosts, smoothing_of
 from rlo_hf.evaluation import EvalLoss, EvalSums
 from rlo_hf.head import Head, HeadError, autocast_pair, replaced, separate
 from rlo_hf.objective import Loss, Objective
+from rlo_hf.schedule import ScheduleCallback
 from rlo_hf.tasks import Task, base_of, is_multi_label, shifted, task_of
 
 logger = logging.get_logger(__name__)
@@ -81,8 +82,8 @@ class RootedLossMixin:
             **more,
         )
         host = self._host
-        _refuse_hosts(host)
-        smoothing = _smoothing(host)
+        refuse_hosts(host)
+        smoothing = smoothing_of(host)
         self.loss_objective = Objective(loss, label_smoothing=smoothing)
         if isinstance(self.loss_objective.criterion, nn.Module):
             self.loss_objective.criterion.to(host.args.device)
@@ -101,7 +102,7 @@ class RootedLossMixin:
         host.compute_loss_func = self._slot
         # The labels that `_get_num_items_in_batch` hands on are shifted already.
         host._loss_shifts_labels = False
-        host.add_callback(_Progress(self))
+        host.add_callback(ScheduleCallback(self.loss_objective))
 
     @property
     def _host(self) -> Any:
@@ -161,7 +162,7 @@ class RootedLossMixin:
         if name != "labels":
             inputs["labels"] = inputs.pop(name)
         if self.task == "seq2seq":
-            _add_decoder_inputs(base, inputs)
+            add_decoder_inputs(base, inputs)
         head = self._fused_head(base) if model.training and not return_outputs else None
         self._fused_total = None
         with nullcontext() if head is None else replaced(head.linear, self._fused(head)):
@@ -184,7 +185,7 @@ class RootedLossMixin:
             total = self._fused_total
         else:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-            logits = _matched(logits, target, self.task)
+            logits = matched(logits, target, self.task)
             target = target.to(logits.device)
             if not base_of(host.model).training:
                 rows = self.loss_objective.rows(logits, target)
@@ -222,7 +223,7 @@ class RootedLossMixin:
             assert link is not None
             assert target is not None
             batch, length = hidden.shape[:2]
-            hidden = _matched(hidden, target, self.task)
+            hidden = matched(hidden, target, self.task)
             states, weight, bias = autocast_pair(hidden * head.scale, head.linear)
             total = link_linear_cross_entropy(
                 states.flatten(0, -2),
@@ -358,79 +359,3 @@ class Seq2SeqTrainer(RootedLossMixin, transformers.Seq2SeqTrainer):
         return super().prediction_step(
             cast("nn.Module", observed), inputs, prediction_loss_only, ignore_keys, **gen_kwargs
         )
-
-
-class _Progress(transformers.TrainerCallback):
-    """Tells the criterion how far the run is, for losses with a schedule."""
-
-    def __init__(self, trainer: RootedLossMixin) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        criterion = self.trainer.loss_objective.criterion
-        if isinstance(criterion, nn.Module) and state.max_steps > 0:
-            set_progress(criterion, min(state.global_step / state.max_steps, 1.0))
-
-
-def _matched(scores: Tensor, target: Tensor, task: Task) -> Tensor:
-    """Return logits (or hidden states) for the labels: those of virtual prompt tokens in front go.
-
-    Raises:
-        RLOError: the shapes do not belong together.
-    """
-    expected: Sequence[int] = target.shape
-    got = scores.shape if target.is_floating_point() else scores.shape[:-1]
-    if task == "causal" and len(got) == 2 and got[1] > expected[1]:
-        scores = scores[:, -expected[1] :]
-        got = scores.shape[:-1]
-    if tuple(got) != tuple(expected):
-        raise RLOError(
-            f"logits must have one row per label: labels have shape {tuple(expected)}, logits "
-            f"{tuple(scores.shape)}; task={task!r} may be wrong for this model"
-        )
-    return scores
-
-
-def _add_decoder_inputs(base: Any, inputs: dict[str, Any]) -> None:
-    """Make `decoder_input_ids` from the labels, as the model does when it is given labels."""
-    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-        return
-    if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
-        raise RLOError(
-            f"{type(base).__name__} does not make decoder inputs from labels; let the collator add "
-            "decoder_input_ids"
-        )
-    made = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-    inputs["decoder_input_ids"] = made
-
-
-def _smoothing(host: Any) -> float:
-    factor = float(host.args.label_smoothing_factor)
-    problem = getattr(base_of(host.model).config, "problem_type", None)
-    # transformers has warned that it does not apply there.
-    return 0.0 if problem == "multi_label_classification" else factor
-
-
-def _refuse_hosts(host: Any) -> None:
-    """Raise where the Trainer would pass the loss slot by, and make Liger leave the loss alone."""
-    if host.args.n_gpu > 1:
-        raise RLOError(
-            f"nn.DataParallel over {host.args.n_gpu} GPUs is not supported; start with `torchrun` "
-            "or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-    parallel = getattr(host.accelerator, "parallelism_config", None)
-    if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
-        raise RLOError(
-            "DeepSpeed sequence parallelism passes the loss slot by; use context parallelism, or "
-            "rlo_hf.set_loss(model, ...) with transformers' own Trainer"
-        )
-    if host.args.use_liger_kernel:
-        config = dict(host.args.liger_kernel_config or {})
-        wanted = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-        if any(config.get(name) for name in wanted):
-            raise RLOError(
-                "liger_kernel_config must leave fused_linear_cross_entropy and cross_entropy off: "
-                "they would replace the loss"
-            )
-        host.args.liger_kernel_config = {**config, **wanted}
-        logger.warning("use_liger_kernel: Liger's cross entropy is off, its other kernels are on")

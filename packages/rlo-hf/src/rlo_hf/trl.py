@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import transformers
 from rlo_core.errors import RLOError
 from rlo_core.functional import apply_link
-from rlo_core.schedules import set_progress
 from torch import nn
 from trl.trainer.sft_trainer import SFTTrainer as HostTrainer
 
 from rlo_hf.evaluation import EvalSums
 from rlo_hf.objective import Loss, Objective
+from rlo_hf.schedule import ScheduleCallback
 
 
 class SFTTrainer(HostTrainer):
@@ -76,7 +75,7 @@ class SFTTrainer(HostTrainer):
             raise RLOError(
                 "DeepSpeed sequence parallelism takes the model's own loss, not this one"
             )
-        self.add_callback(_Progress(self))
+        self.add_callback(ScheduleCallback(self.loss_objective))
 
     def compute_loss(
         self,
@@ -133,18 +132,6 @@ class SFTTrainer(HostTrainer):
         )
         cast("dict[str, float]", output.metrics).update(self._eval_sums.metrics(metric_key_prefix))
         return output
-
-
-class _Progress(transformers.TrainerCallback):
-    """Tells the criterion how far the run is, for losses with a schedule."""
-
-    def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        criterion = self.trainer.loss_objective.criterion
-        if isinstance(criterion, nn.Module) and state.max_steps > 0:
-            set_progress(criterion, min(state.global_step / state.max_steps, 1.0))
 
 
 def _rows(ce: Any, mask: Any, link: Any) -> Any:
