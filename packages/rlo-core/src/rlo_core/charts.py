@@ -118,11 +118,14 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def panel_chart(panel: Panel, colour: Mapping[str, str], *, legend: bool = False) -> Figure:
     """Draw one panel: a line for each loss, with a band over its seeds."""
     figure, (ax,) = new_figure(5.0, 3.1)
+    from matplotlib.ticker import MaxNLocator
+
     for name, line in panel.lines.items():
         x, mean, low, high = line.band()
         ax.plot(x, mean, color=colour[name], label=name, linewidth=1.6)
         if len(line.members) > 1:
             ax.fill_between(x, low, high, color=colour[name], alpha=0.15, linewidth=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # epochs, steps and blocks are whole
     ax.set_xlabel(panel.index)
     ax.set_ylabel(panel.measure)
     if legend:
