@@ -42,6 +42,10 @@ CASES = {
             except OSError:
                 raise
             return module
+
+        def named(name):
+            module = importlib.import_module(name)
+            return module
         """,
         {
             "torch.utils.cpp_extension.load(": "module = torch.utils.cpp_extension.load(",

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlo_core.files import atomic_path, write_json
 
-from rlo_stylegan.checkout import RECORD as FOLDER
+from rlo_stylegan.checkout import RECORD
 from rlo_stylegan.errors import ChangedError
 
 _FORMAT = 1
@@ -66,7 +66,7 @@ class Ledger:
     @property
     def folder(self) -> Path:
         """Where the record is."""
-        return self.root / FOLDER
+        return self.root / RECORD
 
     @classmethod
     def load(cls, root: Path) -> Ledger:
@@ -75,7 +75,7 @@ class Ledger:
         Raises:
             ChangedError: it cannot be read.
         """
-        path = root / FOLDER / "ledger.json"
+        path = root / RECORD / "ledger.json"
         if not path.exists():
             return cls(root)
         try:
@@ -142,7 +142,7 @@ class Ledger:
         if changed:
             raise ChangedError(
                 f"{', '.join(changed)} changed since the last apply; undo that change, or take the "
-                f"original from {FOLDER}/originals and remove {FOLDER} to start over"
+                f"original from {RECORD}/originals and remove {RECORD} to start over"
             )
 
     def change(self, layers: tuple[str, ...], contents: Mapping[str, bytes]) -> list[str]:

@@ -127,8 +127,10 @@ class PluginModule(Repair):
             targets=[match.AssignTarget(target=match.Name())],
             value=match.Call(func=match.Attribute(attr=match.Name("import_module"))),
         )
+        builds = match.Call(func=match.Attribute(attr=match.Name("load")))
         found = [n for n in match.findall(node, by_name) if isinstance(n, cst.Assign)]
-        target = found[0].targets[0].target if len(found) == 1 else None
+        both = len(found) == 1 and match.findall(node, builds)
+        target = found[0].targets[0].target if both else None
         self._target = target.value if isinstance(target, cst.Name) else ""
 
     def leave_FunctionDef(
