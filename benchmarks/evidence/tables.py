@@ -43,14 +43,15 @@ def spread(values: Iterable[float], digits: int = 1, factor: float = 1.0) -> str
 
 
 def difference(pairs: list[tuple[float, float]], digits: int = 1, factor: float = 1.0) -> str:
-    """Return the mean of b - a over pairs with its standard error, bold from two of them on."""
+    """Return the mean of b - a over three pairs or more, bold from two standard errors on."""
     gaps = [(b - a) * factor for a, b in pairs]
     mean = statistics.fmean(gaps)
     if len(gaps) == 1:
         return f"{mean:+.{digits}f}"
     error = statistics.stdev(gaps) / math.sqrt(len(gaps))
     text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
-    return f"**{text}**" if abs(mean) > 2 * error and abs(mean) >= 0.5 * 10**-digits else text
+    sure = len(gaps) > 2 and abs(mean) > 2 * error and abs(mean) >= 0.5 * 10**-digits
+    return f"**{text}**" if sure else text
 
 
 def model_order(labels: Iterable[str]) -> list[str]:

@@ -96,6 +96,7 @@ def test_a_loss_that_shifts_every_seed_alike_is_a_sure_difference():
 
     assert difference([(1.0, 1.5), (2.0, 2.5), (3.0, 3.5)]) == "**+0.5 ± 0.0**"
     assert difference([(1.0, 2.0), (2.0, 1.0)]) == "+0.0 ± 1.0"
+    assert difference([(1.0, 1.5), (2.0, 2.5)]) == "+0.5 ± 0.0"  # two seeds are not sure of it
     assert difference([(1.0, 1.5)]) == "+0.5"
 
 
