@@ -125,14 +125,6 @@ def _line(source: bytes) -> str:
     return ""
 
 
-def statement(text: str, module: cst.Module) -> cst.SimpleStatementLine:
-    """Return one statement in the line ends and indentation of `module`."""
-    parsed = cst.parse_statement(text, config=module.config_for_parsing)
-    if not isinstance(parsed, cst.SimpleStatementLine):
-        raise TypeError(f"statement must be a simple one, got {text!r}")
-    return parsed
-
-
 def dotted(node: cst.BaseExpression | None) -> str:
     """Return `a.b.c` for a chain of names, "" for anything else."""
     if isinstance(node, cst.Name):

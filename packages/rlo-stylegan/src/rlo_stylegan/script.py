@@ -18,10 +18,10 @@ from typing import Literal
 import libcst as cst
 import libcst.matchers as match
 
-from rlo_stylegan.checkout import SCRIPT, dotted, parse, statement
+from rlo_stylegan.checkout import SCRIPT, dotted, parse
 from rlo_stylegan.errors import CheckoutError
 from rlo_stylegan.flags import OPTIONS
-from rlo_stylegan.sites import add_import, add_parameter
+from rlo_stylegan.insertions import add_import, add_parameter, statement
 
 Shape = Literal["forwarded", "collected", "argparse"]
 
