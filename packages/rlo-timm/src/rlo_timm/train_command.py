@@ -98,10 +98,11 @@ def train(
     given = {key: value for key, value in options.items() if value is not None}
     base: dict[str, Any] = {}
     checkpoint: Path | None = None
+    seed: int | None = None
     if resume is not None:
         from rlo_timm.trainer.fit import check_resumed, resumable
 
-        old, checkpoint = resumable(resume)
+        old, checkpoint, seed = resumable(resume)
         base = old.to_dict()
         out = out or resume
     if config is not None:
@@ -125,7 +126,12 @@ def train(
     folder = out or Path("runs") / f"{settings.net}-{datetime.now():%Y%m%d-%H%M%S}"
     progress = sys.stderr.isatty() and not as_json
     summary = fit(
-        settings, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run, progress=progress
+        settings,
+        folder,
+        checkpoint=checkpoint,
+        seed=seed,
+        fast_dev_run=fast_dev_run,
+        progress=progress,
     )
     if as_json:
         document = {"run": None if fast_dev_run else str(folder), "loss": str(settings.spec())}

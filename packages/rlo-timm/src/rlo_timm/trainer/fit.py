@@ -37,8 +37,8 @@ _KEPT_ON_RESUME = ("dataset", "net", "size")
 """What a resumed run may not change."""
 
 
-def resumable(folder: Path) -> tuple[Settings, Path]:
-    """Return the settings and the last checkpoint of a run.
+def resumable(folder: Path) -> tuple[Settings, Path, int | None]:
+    """Return the settings, the last checkpoint and the seed (also a drawn one) of a run.
 
     Raises:
         RunError: no run there, or one that did not finish an epoch.
@@ -50,7 +50,8 @@ def resumable(folder: Path) -> tuple[Settings, Path]:
     if not checkpoint.is_file():
         raise RunError(f"{str(folder)!r} cannot be resumed: it has no {CHECKPOINTS}/last.ckpt yet")
     options: Mapping[str, Any] = document["options"]
-    return Settings.from_mapping(options, source=str(folder / RUN_FILE)), checkpoint
+    settings = Settings.from_mapping(options, source=str(folder / RUN_FILE))
+    return settings, checkpoint, document.get("seed")
 
 
 def check_resumed(old: Settings, new: Settings, folder: Path) -> None:
@@ -66,6 +67,7 @@ def fit(
     out: Path,
     *,
     checkpoint: Path | None = None,
+    seed: int | None = None,
     fast_dev_run: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def fit(
         settings: The options.
         out: The run folder.
         checkpoint: The `last.ckpt` to go on from.
+        seed: The seed of a run that goes on, where the settings have none.
         fast_dev_run: One batch of training and validation, and no files.
         progress: Show a progress bar.
 
@@ -87,7 +90,7 @@ def fit(
         KeyboardInterrupt: the run was interrupted; `checkpoints/last.ckpt` is the last whole epoch.
     """
     settings.spec()
-    seed = _seed(settings)
+    seed = _seed(seed if settings.seed is None else settings.seed)
     side = image_size(settings.net, own_size(settings))
     data = load_data(settings, size=side, seed=seed)
     net = create_net(
@@ -159,9 +162,8 @@ def _is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
-def _seed(settings: Settings) -> int:
+def _seed(seed: int | None) -> int:
     """Seed everything; a drawn seed reaches other processes in Lightning's own variable."""
-    seed = settings.seed
     if seed is None and _is_first():
         seed = random.SystemRandom().randrange(2**31)
     return pl.seed_everything(seed, workers=True, verbose=False)
