@@ -195,7 +195,16 @@ def test_backward_twice_with_the_graph_kept_gives_the_same_gradient_twice():
     hidden, weight, target = problem()
     loss = link_linear_cross_entropy(hidden, weight, target, LINK)
     first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
-    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], first)
+    assert not first.requires_grad
+    kept = first.clone()
+    torch.testing.assert_close(
+        torch.autograd.grad(loss * 3, weight, retain_graph=True)[0], kept * 3
+    )
+    loss.backward()
+    loss = link_linear_cross_entropy(hidden, weight, target, LINK)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, kept * 2)
+    torch.testing.assert_close(first, kept)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

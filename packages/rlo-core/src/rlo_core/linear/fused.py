@@ -154,19 +154,21 @@ def sharded_loss(
             token_weight = F.pad(token_weight[..., 1:], (0, 1))
     shape = target.shape
     flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1))
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)
     options = (ignore_index, label_smoothing, softcap)
     if reduction == "none":
         loss = _rows(*flat, link, plan, shard, *options)
+        loss = loss.reshape(shape)
         if token_weight is not None:
             loss = loss * token_weight.to(loss.dtype)
-        loss = loss.reshape(shape)
         return loss[..., :-1] if shift else loss
-    total = _total(*flat, token_weight, link, plan, shard, *options)
-    if reduction == "sum":
-        return total
-    return _mean(total, flat[3], token_weight, ignore_index)
+    factor, empty = None, None
+    if token_weight is not None:
+        factor = token_weight.reshape(-1).to(working_dtype(compute_dtype(hidden)))
+        factor = factor.masked_fill(flat[3] == ignore_index, 0.0)
+    if reduction == "mean":
+        factor, empty = _shares(flat[3], factor, ignore_index, working_dtype(compute_dtype(hidden)))
+    total = _total(*flat, factor, link, plan, shard, *options)
+    return total if empty is None else total.masked_fill(empty, torch.nan)
 
 
 def _settings(
@@ -256,7 +258,7 @@ def _total(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    token_weight: Tensor | None,
+    factor: Tensor | None,
     link: Link,
     plan: Plan,
     shard: Shard,
@@ -264,32 +266,34 @@ def _total(
     label_smoothing: float,
     softcap: float | None,
 ) -> Tensor:
-    """The sum of the losses, each times its token's weight."""
+    """The sum of the losses, each times its token's factor."""
     by_row = torch.compiler.is_compiling() and not is_built_in(link)
     if plan.impl != "chunked" or by_row:
         loss = _rows(
             hidden, weight, bias, target, link, plan, shard, ignore_index, label_smoothing, softcap
         )
-        return (loss if token_weight is None else loss * token_weight.to(loss.dtype)).sum()
+        return (loss if factor is None else loss * factor).sum()
     settings = _settings(link, hidden, plan, shard, ignore_index, label_smoothing, softcap)
-    if token_weight is not None:
-        token_weight = token_weight.to(working_dtype(compute_dtype(hidden)))
     apply = linear_loss_sum if torch.compiler.is_compiling() else LossSum.apply
     total: Tensor = apply(
-        hidden, weight, bias, target, token_weight, *settings, *_needs(hidden, weight, bias)
+        hidden, weight, bias, target, factor, *settings, *_needs(hidden, weight, bias)
     )[0]
     return total
 
 
-def _mean(total: Tensor, target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor:
+def _shares(
+    target: Tensor, factor: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Each token's share of the mean, and whether there is nothing to take a mean of.
+
+    As shares of the sum instead of a division after it, so that the gradients come out finished.
+    """
     kept = target != ignore_index
-    if token_weight is None:
-        count = kept.sum().to(total.dtype)
-    else:
-        count = torch.where(kept, token_weight, 0.0).sum(dtype=total.dtype)
+    factor = kept.to(dtype) if factor is None else factor.masked_fill(~kept, 0.0)
+    count = factor.sum()
     # NaN for an empty mean, as in torch, but gradients of zero: 0 * (1/0) would make them NaN too.
     empty = count == 0
-    return torch.where(empty, torch.nan, total / torch.where(empty, 1.0, count))
+    return factor / count.masked_fill(empty, 1.0), empty
 
 
 def rooted_linear_loss(

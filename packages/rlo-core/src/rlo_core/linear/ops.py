@@ -93,10 +93,26 @@ def _once(grad: Tensor | None, *inputs: Tensor) -> Tensor | None:
 
 
 def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x * factor rounded once to `dtype`, without a wide copy of the product."""
-    if x.dtype == dtype or torch.compiler.is_compiling():
-        return (x * factor).to(dtype)
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    """Return x * factor rounded once to `dtype`."""
+    return (x * factor).to(dtype)
+
+
+def _times_now(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_times` for tensors that hold values: a plain copy for a factor of 1, no wide one for half.
+
+    1 is what `loss.backward()` passes down. Looking is free on a CPU; elsewhere it would wait.
+    Always a copy: what the first backward pass gives away, `.grad` may be accumulated into.
+    """
+    x = x.detach()  # a saved output carries a graph
+    if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
+        return x.to(dtype, copy=True)
+    if x.dtype == dtype or x.device.type != "cpu":
+        return _times(x, factor, dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    for start in range(0, len(x), 4096):
+        at = slice(start, start + 4096)
+        out[at] = x[at] * (factor[at] if factor.dim() else factor)
+    return out
 
 
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -135,16 +151,18 @@ def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(hidden, weight, *output[1:])
 
 
-def _sum_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _sum_backward(
+    ctx: Any, grad: Tensor, *_: Any, times: Any = _times_now
+) -> tuple[Tensor | None, ...]:
     hidden, weight, loss, scale, hidden_sum, weight_sum, bias_sum = ctx.saved_tensors
     s: Settings = ctx.settings
     dh = dw = db = None
     if s.hidden_grad:
-        dh = _times(hidden_sum, (scale * grad).unsqueeze(1), hidden.dtype)
+        dh = times(hidden_sum, (scale * grad).unsqueeze(1), hidden.dtype)
     if s.weight_grad:
-        dw = _times(weight_sum, grad, weight.dtype)
+        dw = times(weight_sum, grad, weight.dtype)
     if s.bias_grad:
-        db = _times(bias_sum, grad, ctx.bias_dtype)
+        db = times(bias_sum, grad, ctx.bias_dtype)
     grads = (_once(g, hidden, weight) for g in (dh, dw, db))
     return (*grads, None, loss * grad if ctx.factor_grad else None, *(None,) * len(s))
 
@@ -154,7 +172,7 @@ class LossSum(torch.autograd.Function):
 
     forward = staticmethod(sum_forward)
     setup_context = staticmethod(_sum_context)
-    backward = staticmethod(_sum_backward)
+    backward = staticmethod(_sum_backward)  # type: ignore[assignment]
 
 
 linear_loss_sum = torch.library.custom_op(
@@ -163,7 +181,7 @@ linear_loss_sum = torch.library.custom_op(
     mutates_args=(),
     schema=f"({TENSORS}, Tensor? factor, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
 )
-linear_loss_sum.register_autograd(_sum_backward, setup_context=_sum_context)
+linear_loss_sum.register_autograd(partial(_sum_backward, times=_times), setup_context=_sum_context)
 
 
 @linear_loss_sum.register_fake
@@ -210,7 +228,7 @@ def rows_backward(
     sums = run_chunks(hidden, weight, bias, target, grad, s.decoded(), options)
     dh = dw = db = None
     if sums.hidden_grad is not None:
-        dh = _times(sums.hidden_grad, sums.scale.unsqueeze(1), hidden.dtype)
+        dh = _times_now(sums.hidden_grad, sums.scale.unsqueeze(1), hidden.dtype)
     if sums.weight_grad is not None:
         dw = sums.weight_grad.to(weight.dtype)
     if sums.bias_grad is not None and bias is not None:
