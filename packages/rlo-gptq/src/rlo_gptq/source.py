@@ -8,7 +8,6 @@ part.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -165,7 +164,6 @@ class ModelSource:
         self.folder = folder
         self.device = torch.device(device)
         self.dtype = dtype
-        self._stack = ExitStack()
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -190,7 +188,7 @@ class ModelSource:
     def _open(self) -> None:
         """Find every tensor, and the name it has in the model."""
         files, weight_map = self._files()
-        self._tensors: dict[str, Callable[[], Any]] = {}
+        self._tensors: dict[str, Path | Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for file in files:
             self._open_file(file, weight_map)
@@ -228,25 +226,25 @@ class ModelSource:
     def _open_file(self, file: Path, weight_map: dict[str, str] | None) -> None:
         if file.suffix == ".safetensors":
             try:
-                handle = self._stack.enter_context(safe_open(file, framework="pt"))
+                with safe_open(file, framework="pt") as handle:
+                    for key in handle.keys():  # noqa: SIM118 - it is no mapping
+                        kind = str(handle.get_slice(key).get_dtype())
+                        self._tensors[key] = file
+                        self._dtypes[key] = _SAFETENSORS_DTYPES.get(kind, self.stored_dtype)
             except Exception as error:  # safetensors has one exception type, outside any family
                 raise SourceError(f"{str(file)!r} is not a safetensors file: {error}") from error
-            for key in handle.keys():  # noqa: SIM118 - it is no mapping
-                self._tensors[key] = functools.partial(handle.get_slice, key)
-                kind = str(handle.get_slice(key).get_dtype())
-                self._dtypes[key] = _SAFETENSORS_DTYPES.get(kind, self.stored_dtype)
             return
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file from before the zip format cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
         for key, tensor in state.items():
-            self._tensors[key] = tensor.detach
+            self._tensors[key] = tensor
             self._dtypes[key] = tensor.dtype
 
     def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
+        """Forget the tensors of an old torch file, which stay mapped until then."""
+        self._tensors.clear()
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with the configuration or the weights.
@@ -276,15 +274,21 @@ class ModelSource:
         Raises:
             SourceError: a stored tensor has the wrong shape.
         """
-        chosen = {
-            key: self._tensors[key]() for key, target in self._targets.items() if keep(target)
-        }
+        wanted = [key for key, target in self._targets.items() if keep(target)]
         config = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": self.device},
             weight_mapping=cast("list[WeightConverter | WeightRenaming]", self._mapping),
         )
-        with _quiet_loading():
+        # Files are open only here: pages of a mapped file count as this process's memory.
+        with _quiet_loading(), ExitStack() as stack:
+            files = {at for key in wanted if isinstance(at := self._tensors[key], Path)}
+            handles = {at: stack.enter_context(safe_open(at, framework="pt")) for at in files}
+            chosen = {
+                key: handles[at].get_slice(key) if isinstance(at, Path) else at
+                for key in wanted
+                for at in [self._tensors[key]]
+            }
             info, _ = convert_and_load_state_dict_in_model(self.model, chosen, config)
         if info.mismatched_keys:
             name, stored, expected = sorted(info.mismatched_keys, key=str)[0]
