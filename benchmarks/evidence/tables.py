@@ -227,6 +227,34 @@ def quantization() -> str:
     return markdown(rows)
 
 
+def quantization_summary() -> str:
+    """A row per number of bits: the difference from ce, averaged over all settings of a seed."""
+    found = [r for r in records("quantization") if r["loss"]]
+    by: dict[tuple[int, str], dict[int, dict[tuple[str, str], Any]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for r in found:
+        by[r["bits"], r["loss"]][r["seed"]][r["method"], r["incoherence"]] = r
+    rows = [["bits, loss", "seeds", "degradation less that of `ce`", "better than `ce` afterwards"]]
+    for (bits, loss), seeds in sorted(by.items()):
+        control = by[bits, "ce"]
+        whole = [s for s in seeds if len(seeds[s]) == len(control.get(s, {}))]
+        if loss == "ce" or not whole:
+            continue
+        means = [
+            (
+                statistics.fmean(r["degradation"] for r in control[s].values()),
+                statistics.fmean(r["degradation"] for r in seeds[s].values()),
+            )
+            for s in whole
+        ]
+        pairs = [(control[s][name], r) for s in whole for name, r in seeds[s].items()]
+        wins = sum(theirs["after"] > ours["after"] for theirs, ours in pairs)
+        cells = [str(len(whole)), difference(means, 3), f"{wins} of {len(pairs)} models"]
+        rows.append([f"{bits}, `{loss}`", *cells])
+    return markdown(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "regression-accuracy": lambda: regression("l2", "accuracy", 100, 1),
     "regression-accuracy-plain": lambda: regression("none", "accuracy", 100, 1),
@@ -241,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-finetune": lambda: language("finetune-stories260k"),
     "language-llama": lambda: language("scratch-llama"),
     "language-opt": lambda: language("scratch-opt"),
+    "quantization-summary": quantization_summary,
     "quantization": quantization,
 }
 
