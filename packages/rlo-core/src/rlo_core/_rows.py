@@ -67,24 +67,32 @@ class _RowLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, link: Link, ignore_index: int, reduction: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        index, dropped, p_y = target.unsqueeze(1), None, None
+        index, dropped, picked = target.unsqueeze(1), None, None
         kept: int | Tensor = len(target)
-        p = _softmax(logits)
+        half = logits.itemsize == 2 and logits.shape[1] >= NARROW
+        if half:
+            p, z_max, p_max = _half_softmax(logits)
+        else:
+            p = _softmax(logits)
+        source = logits if half else p
         if ignore_index < 0:
             # gather checks every index, which makes a check of our own needless: it fails where a
             # target is to be ignored, and where one is wrong.
             with contextlib.suppress(RuntimeError):
-                p_y = p.gather(1, index)
-        if p_y is None:
+                picked = source.gather(1, index)
+        if picked is None:
             check_labels(target, logits.shape[1], ignore_index)
             dropped = index == ignore_index
             index = index.masked_fill(dropped, 0)
             kept = len(target) - dropped.sum()
-            p_y = p.gather(1, index)
-        if p_y.min().item() > SMALLEST_P:
-            ce = p_y.log_().neg_()
+            picked = source.gather(1, index)
+        if half:
+            ce = (z_max - picked) - p_max.log()
+        elif picked.min().item() > SMALLEST_P:
+            ce = picked.log_().neg_()
         else:  # NaN comes here too
-            ce = _exact_cross_entropy(logits, p, index)
+            z_max = logits.amax(1, keepdim=True).to(p.dtype)
+            ce = (z_max - logits.gather(1, index)) - p.amax(1, keepdim=True).log()
         loss = link.value(ce)
         if dropped is not None:
             loss = loss.masked_fill(dropped, 0.0)
@@ -116,9 +124,11 @@ class _RowLoss(torch.autograd.Function):
                 scale = scale.masked_fill(dropped, 0.0)
         if grad_ce is not None:
             scale = scale + grad_ce
-        if p.dtype != dtype and not torch.is_grad_enabled():
-            return _half_gradient(p, index, scale, dtype), None, None, None, None
-        out = (p * scale).scatter_add_(1, index, -scale)
+        # p - 1 of the right class, without the digits that the subtraction would lose.
+        at_target = torch.expm1(-ce) * scale
+        if dtype.itemsize == 2 and not torch.is_grad_enabled():
+            return _half_gradient(p, index, scale, at_target, dtype), None, None, None, None
+        out = (p * scale).scatter_(1, index, at_target)
         if grad_p is not None:
             out = out + p * (grad_p - (p * grad_p).sum(1, keepdim=True))
         return out.to(dtype), None, None, None, None
@@ -126,34 +136,49 @@ class _RowLoss(torch.autograd.Function):
 
 def _softmax(logits: Tensor) -> Tensor:
     """Return softmax of each row, float32 or wider."""
-    if logits.shape[1] < NARROW:
-        x = logits.float() if logits.itemsize == 2 else logits
-        e = (x - x.amax(1, keepdim=True)).exp_()
-        return e.div_(e.sum(1, keepdim=True))
-    if logits.itemsize > 2:
+    if logits.shape[1] >= NARROW:
         return torch.softmax(logits, 1)
-    p = torch.empty(logits.shape, dtype=torch.float32)
-    rows = _rows_at_a_time(logits)
-    for part, out in zip(torch.split(logits, rows), torch.split(p, rows), strict=True):
-        torch.softmax(part.float(), 1, out=out)
-    return p
+    x = logits.float() if logits.itemsize == 2 else logits
+    e = (x - x.amax(1, keepdim=True)).exp_()
+    return e.div_(e.sum(1, keepdim=True))
+
+
+def _half_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return softmax, the largest logit and the largest p of each row, computed in float32.
+
+    p itself is kept in bfloat16 where the logits are: that puts the gradient, which is rounded to
+    bfloat16 in the end, within one unit in its last place. float16 has not the range for p.
+    log p_y is z_y - z_max + log p_max, and p_max is at least 1/C: no p underflows on the way.
+    """
+    kept = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32
+    p = torch.empty(logits.shape, dtype=kept)
+    z_max, p_max = torch.empty(2, len(logits), 1).unbind()
+    rows = min(_rows_at_a_time(logits), len(logits))
+    # Two buffers for all parts: memory asked for anew would be mapped page by page each time.
+    z, q = torch.empty(2, rows, logits.shape[1]).unbind()
+    parts = (torch.split(tensor, rows) for tensor in (logits, p, z_max, p_max))
+    for z_, p_, z_max_, p_max_ in zip(*parts, strict=True):
+        n = len(z_)
+        torch.amax(z[:n].copy_(z_), 1, keepdim=True, out=z_max_)
+        torch.softmax(z[:n], 1, out=q[:n])
+        torch.amax(q[:n], 1, keepdim=True, out=p_max_)
+        p_.copy_(q[:n])
+    return p, z_max, p_max
 
 
 def _rows_at_a_time(logits: Tensor) -> int:
     return max(1, max(CHUNK, logits.numel() >> 9) // logits.shape[1])
 
 
-def _exact_cross_entropy(logits: Tensor, p: Tensor, index: Tensor) -> Tensor:
-    """Return logsumexp - z_y where p_y underflows; logsumexp is z_max - log p_max, p_max >= 1/C."""
-    z_y, z_max = logits.gather(1, index).to(p.dtype), logits.amax(1, keepdim=True).to(p.dtype)
-    return (z_max - z_y) - p.amax(1, keepdim=True).log()
-
-
-def _half_gradient(p: Tensor, index: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _half_gradient(
+    p: Tensor, index: Tensor, scale: Tensor, at_target: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Return the gradient in half precision, with a part of the rows in float32 at a time."""
     out = torch.empty(p.shape, dtype=dtype)
-    rows = _rows_at_a_time(p)
-    parts = (torch.split(tensor, rows) for tensor in (p, index, scale, out))
-    for p_, index_, scale_, out_ in zip(*parts, strict=True):
-        out_.copy_((p_ * scale_).scatter_add_(1, index_, -scale_))
+    rows = min(_rows_at_a_time(p), len(p))
+    buffer = torch.empty(rows, p.shape[1])
+    parts = (torch.split(tensor, rows) for tensor in (p, index, scale, at_target, out))
+    for p_, index_, scale_, at_target_, out_ in zip(*parts, strict=True):
+        part = torch.mul(p_, scale_, out=buffer[: len(p_)])
+        out_.copy_(part.scatter_(1, index_, at_target_))
     return out
