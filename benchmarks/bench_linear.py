@@ -204,9 +204,11 @@ def peak(name: str, case: Case) -> int:
     return peak_memory(code)
 
 
-def bench(case: Case, *, memory: bool = True) -> list[dict[str, Any]]:
+def bench(case: Case, *, memory: bool = True, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Return one record per candidate, with its ratios to the baseline."""
-    names = [*losses(case), FLOOR]
+    names = [name for name in losses(case) if not only or name in (BASELINE, *only)] + [FLOOR]
+    # First: a child process starts with the peak of its parent, which is small only now.
+    peaks = {name: peak(name, case) for name in names} if memory else {}
     clock = time.process_time if case.device == "cpu" else time.perf_counter
     times = compare(
         {name: candidate(name, case) for name in names},
@@ -215,7 +217,6 @@ def bench(case: Case, *, memory: bool = True) -> list[dict[str, Any]]:
         clock=clock,
         synchronize=torch.cuda.synchronize if case.device == "cuda" else None,
     )
-    peaks = {name: peak(name, case) for name in names} if memory else {}
     records = []
     for name in names:
         record = {"candidate": name, **asdict(case), **times[name]}
@@ -231,18 +232,27 @@ def bench(case: Case, *, memory: bool = True) -> list[dict[str, Any]]:
             f"{record[f'time / {BASELINE}']:.3f} of ce, "
             f"{record[f'time / {FLOOR}']:.3f} of floor {mb}"
         )
-    ratio = times["rlo_core rlo"]["median"] / times["rlo_core ce"]["median"]
-    click.echo(f"{case.name:15} rlo / ce in the same kernel: {ratio:.3f}")
+    if {"rlo_core rlo", "rlo_core ce"} <= set(names):
+        ratio = times["rlo_core rlo"]["median"] / times["rlo_core ce"]["median"]
+        click.echo(f"{case.name:15} rlo / ce in the same kernel: {ratio:.3f}")
     return records
 
 
 @click.command()
 @click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="Repeatable.")
+@click.option("--only", multiple=True, help="A candidate beside baseline and floor; repeatable.")
 @click.option("--rounds", type=int, help="Instead of the case's own.")
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory too.")
 @click.option("--name", default="linear", show_default=True, help="Of the results file.")
 @click.option("--write/--no-write", default=True, help="Keep the records in benchmarks/results.")
-def main(names: tuple[str, ...], rounds: int | None, memory: bool, name: str, write: bool) -> None:
+def main(
+    names: tuple[str, ...],
+    only: tuple[str, ...],
+    rounds: int | None,
+    memory: bool,
+    name: str,
+    write: bool,
+) -> None:
     """Time fused linear losses and their peers."""
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
@@ -251,7 +261,7 @@ def main(names: tuple[str, ...], rounds: int | None, memory: bool, name: str, wr
     for case in chosen:
         if rounds is not None:
             case = Case(**{**asdict(case), "rounds": rounds})
-        records += bench(case, memory=memory)
+        records += bench(case, memory=memory, only=only)
         if write:  # after every case: a long run that is cut short keeps its start
             write_results(name, records)
 
