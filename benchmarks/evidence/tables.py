@@ -160,7 +160,7 @@ def vision(model: str, file: str = "vision") -> str:
             row.append(spread([r["test"]["ece"] for r in cell], 1, 100))
             row.append(f"{cell[0]['lr']:g}")
         clean = [r["epochs_to_target"] for r in runs if r["loss"] == loss and r["noise"] == 0]
-        row.append(spread(clean) if clean and None not in clean else "not in all")
+        row.append("" if not clean else "not in all" if None in clean else spread(clean))
         rows.append(row)
     return markdown(rows)
 
