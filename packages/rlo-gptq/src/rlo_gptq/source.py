@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from accelerate import init_empty_weights
 from rlo_core.errors import RLOError
 from rlo_core.files import atomic_path
 from safetensors import safe_open
