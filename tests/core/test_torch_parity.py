@@ -20,8 +20,8 @@ common_modules = pytest.importorskip(
     "torch.testing._internal.common_modules", exc_type=ImportError, reason="needs expecttest"
 )
 invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
-# torch's test modules freeze the backend flags of the whole process; trainers tested later set them.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+# torch's test modules freeze the backend flags of the whole process, and trainers set them.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 class Identity(Link):
