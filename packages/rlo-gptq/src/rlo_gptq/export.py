@@ -160,12 +160,12 @@ class _Checkpoint:
 
     def write(self, out: Path, format: ExportFormat) -> tuple[CheckpointFormat | None, int, int]:
         """Write shards, index and configuration; return the GPTQ version, layers and bytes."""
+        symmetric = self._all_symmetric()
         version_: CheckpointFormat | None = None
         if format == "gptq":
-            version_ = "gptq" if self._all_symmetric() else "gptq_v2"
+            version_ = "gptq" if symmetric else "gptq_v2"
         weight_map: dict[str, str] = {}
         size = layers = 0
-        symmetric = version_ != "gptq_v2" if format == "gptq" else self._all_symmetric()
         dtype = getattr(torch, str(self.model_config.get("dtype") or "float16"))
         for file, tensors in self.shards():
             names = _layers_in(tensors)
