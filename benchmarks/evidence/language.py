@@ -135,8 +135,8 @@ def main(config_file: Path, out: Path, models: Path, runs: Path | None) -> None:
     torch.set_num_threads(1)
     config = load_config(config_file)
     results = Results(out, config)
-    seeds = config["seeds"]
     for group in config["groups"]:
+        seeds = group.get("seeds", config["seeds"])
         job = Job(group["job"], config, models, runs)
         if "folder" in job.job:
             results.measure(

@@ -27,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE.parent / "results"
 
-WHAT_TO_RUN = ("groups", "tables", "seeds", "losses", "path_seeds_below")
+WHAT_TO_RUN = ("groups", "tables", "seeds", "losses", "lr", "path_seeds_below")
+"""What may change from one start to the next: each record names its own."""
 
 
 class Results:
@@ -35,8 +36,9 @@ class Results:
 
     Args:
         path: The file; made if it is not there.
-        config: The configuration; a file begun with other settings is refused
-            (`WHAT_TO_RUN` may change).
+        config: The configuration. What the records there depend on must be what they were
+            measured with; what to run, and models and jobs without a record, may change, and
+            the first line is brought up to date.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -46,16 +48,17 @@ class Results:
             lines = path.read_text(encoding="utf-8").split("\n")
             whole = [line for line in lines[:-1] if line.strip()]
             if whole:
-                header = json.loads(whole[0])
-                if _settings(header["config"]) != _settings(config):
+                header, *found = map(json.loads, whole)
+                if settings_of(header["config"], found) != settings_of(config, found):
                     raise RunError(
                         f"{path.name} was begun with another configuration; "
                         "give another --out, or remove it to start anew"
                     )
-                for line in whole[1:]:
-                    record = json.loads(line)
-                    self.records[record["key"]] = record
-                if lines[-1]:  # a line that was cut off: it is measured again
+                self.records = {record["key"]: record for record in found}
+                changed = header["config"] != config
+                if changed:
+                    whole[0] = json.dumps({**header, "config": config}, default=str)
+                if changed or lines[-1]:  # a line that was cut off is measured again
                     write_text(path, "\n".join(whole) + "\n")
                 return
         header = {
@@ -78,9 +81,17 @@ class Results:
         return self.records[key]
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what every record depends on: all but the lists of what to run, which may change."""
-    return {key: value for key, value in config.items() if key not in WHAT_TO_RUN}
+def settings_of(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the records depend on: no lists of what to run, no models and jobs unused."""
+    used = {record.get(part) for record in records for part in ("model", "job")}
+    kept = {key: value for key, value in config.items() if key not in WHAT_TO_RUN}
+    for part in kept.keys() & {"models", "jobs"}:
+        kept[part] = {
+            name: {key: value for key, value in entry.items() if key not in WHAT_TO_RUN}
+            for name, entry in kept[part].items()
+            if name in used
+        }
+    return kept
 
 
 def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

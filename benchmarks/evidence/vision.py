@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 from vision_models import ResNet20, build
 
+COST_ROUNDS = 60
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -237,11 +238,11 @@ def step_cost(task: Task, model: str, losses: list[str]) -> dict[str, Any]:
     cuda = task.device.type == "cuda"
     times = compare(
         {loss: (lambda c=c: step(c)) for loss, c in criteria.items()},
-        rounds=20,
+        rounds=COST_ROUNDS,
         clock=time.perf_counter if cuda else time.process_time,
         synchronize=torch.cuda.synchronize if cuda else None,
     )
-    return {"model": model, "step_seconds": times}
+    return {"model": model, "rounds": COST_ROUNDS, "step_seconds": times}
 
 
 @click.command()
@@ -249,21 +250,25 @@ def step_cost(task: Task, model: str, losses: list[str]) -> dict[str, Any]:
 @click.option("--data", help="Folder with train-*.parquet and test-*.parquet.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "evidence_vision.jsonl")
 @click.option("--runs", type=click.Path(path_type=Path), help="Write run folders for `rlo report`.")
-def main(config_file: Path, data: str | None, out: Path, runs: Path | None) -> None:
+@click.option("--cost-only", is_flag=True, help="Time a training step of each loss; train nothing.")
+def main(
+    config_file: Path, data: str | None, out: Path, runs: Path | None, cost_only: bool
+) -> None:
     """Run what CONFIG_FILE lists and is not yet in the results."""
     torch.set_num_threads(1)
     config = load_config(config_file)
     results = Results(out, config)
     task = Task(config, data_folder("cifar10", data), runs)
-    for group in config["groups"]:
+    for model in config["models"]:
+        results.measure(
+            f"{model}/step-cost", lambda m=model: step_cost(task, m, config["step_cost"])
+        )
+    for group in [] if cost_only else config["groups"]:
         model = group["model"]
         grid = group.get("lr", config["models"][model]["lr"])
         for noise in group["noise"]:
             for loss in group["losses"]:
                 tuned(task, results, model, loss, noise, grid)
-        results.measure(
-            f"{model}/step-cost", lambda m=model: step_cost(task, m, config["step_cost"])
-        )
 
 
 if __name__ == "__main__":

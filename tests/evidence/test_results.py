@@ -50,6 +50,22 @@ def test_other_settings_are_refused_and_another_list_of_what_to_run_is_not(tmp_p
         Results(path, {"steps": 2, "groups": [1]})
 
 
+def test_a_model_that_was_measured_keeps_its_recipe_and_a_new_one_may_be_added(tmp_path):
+    from runner import Results, load_results
+
+    def config(**models):
+        return {"models": {n: {"epochs": e, "lr": lr} for n, (e, lr) in models.items()}}
+
+    path = tmp_path / "evidence_x.jsonl"
+    Results(path, config(vit=(5, [0.1]))).measure("a", lambda: {"model": "vit"})
+    later = config(vit=(5, [0.1, 0.2]), resnet=(3, [0.1]))
+    assert list(Results(path, later).records) == ["a"]
+    assert load_results(path)[0]["config"] == later
+    Results(path, config(vit=(5, [0.1]), resnet=(4, [0.1])))  # not measured yet
+    with pytest.raises(RunError, match="was begun with another configuration"):
+        Results(path, config(vit=(6, [0.1])))
+
+
 def test_the_first_line_has_machine_versions_and_configuration(tmp_path):
     from runner import Results
 
@@ -81,7 +97,7 @@ def test_every_shipped_configuration_names_losses_that_exist(evidence):
 
 def test_committed_results_belong_to_the_shipped_configurations(evidence):
     """A table in docs/evidence.md is of settings that a reader can run."""
-    from runner import _settings, load_results
+    from runner import load_results, settings_of
 
     names = {
         "regression": "regression",
@@ -94,4 +110,5 @@ def test_committed_results_belong_to_the_shipped_configurations(evidence):
         path = evidence.parent / "results" / f"evidence_{name}.jsonl"
         if path.exists():
             settings = yaml.safe_load((evidence / "configs" / f"{config}.yaml").read_text())
-            assert _settings(load_results(path)[0]["config"]) == _settings(settings)
+            header, records = load_results(path)
+            assert settings_of(header["config"], records) == settings_of(settings, records)
