@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from rlo_core.linear_model import RootedLogisticRegression
+from rlo_core.linear_model.solvers import pairs_kept
 from scipy.sparse import csr_array
 from sklearn.datasets import load_breast_cancer, load_iris, make_classification
 from sklearn.exceptions import ConvergenceWarning
@@ -182,6 +183,11 @@ def test_probabilities_of_two_classes_are_symmetric_under_exchange(cancer):
     one = RootedLogisticRegression(**EXACT).fit(X, y)
     other = RootedLogisticRegression(**EXACT).fit(X, 1 - y)
     np.testing.assert_allclose(one.predict_proba(X), other.predict_proba(X)[:, ::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "pairs"), [(500, 30), (1_000_000, 16), (50_000_000, 10)])
+def test_lbfgs_remembers_fewer_steps_of_a_model_too_wide_to_keep_thirty(size, pairs):
+    assert pairs_kept(size) == pairs
 
 
 def test_too_few_iterations_warn(cancer):

