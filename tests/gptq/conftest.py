@@ -123,12 +123,16 @@ class Silent:
     def __init__(self) -> None:
         self.blocks: list[tuple[int, int, str]] = []
         self.layers: list[dict[str, Any]] = []
+        self.blocks_tuned: list[dict[str, Any]] = []
 
     def block(self, index: int, count: int, status: str) -> None:
         self.blocks.append((index, count, status))
 
     def layer(self, record: dict[str, Any]) -> None:
         self.layers.append(record)
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        self.blocks_tuned.append(record)
 
 
 def quantize(

@@ -46,6 +46,9 @@ class HangAt:
         if self.layers == self.at_layer:
             hang()
 
+    def tuned(self, record: dict) -> None:
+        pass
+
 
 def hang_at_sync(number: int) -> None:
     """Stop for good at the n-th file that is about to be put in place."""

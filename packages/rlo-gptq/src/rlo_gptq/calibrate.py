@@ -5,7 +5,7 @@ input.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ class BlockCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Return the block's output hidden states for hidden states (1, tokens, width)."""
         output = block(hidden, *self.args, **self.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
@@ -168,10 +168,10 @@ class Activations:
     def __init__(
         self, count: int, length: int, width: int, dtype: torch.dtype, offload: Path | None = None
     ) -> None:
-        shape = (count, length, width)
+        self.shape, self.dtype = (count, length, width), dtype
         self._file = None
         if offload is None:
-            self._store = torch.empty(shape, dtype=dtype)
+            self._store = torch.empty(self.shape, dtype=dtype)
             return
         offload.mkdir(parents=True, exist_ok=True)
         # No name in the file system: nothing is left behind, whatever happens.
@@ -179,10 +179,9 @@ class Activations:
         size = count * length * width
         self._file.truncate(size * dtype.itemsize)
         # Read and written, not mapped: mapped pages would count as this process's memory.
-        self._shape, self._dtype = shape, dtype
 
     def __len__(self) -> int:
-        return self._store.shape[0] if self._file is None else self._shape[0]
+        return self.shape[0]
 
     def close(self) -> None:
         """Give up the file, if there is one."""
@@ -193,10 +192,10 @@ class Activations:
         """Return the hidden states of one sequence, (1, tokens, width)."""
         if self._file is None:
             return self._store[index : index + 1].to(device)
-        _, length, width = self._shape
-        size = length * width * self._dtype.itemsize
+        _, length, width = self.shape
+        size = length * width * self.dtype.itemsize
         self._file.seek(index * size)
-        flat = torch.frombuffer(bytearray(self._file.read(size)), dtype=self._dtype)
+        flat = torch.frombuffer(bytearray(self._file.read(size)), dtype=self.dtype)
         return flat.view(1, length, width).to(device)
 
     def set(self, index: int, hidden: Tensor) -> None:
@@ -204,7 +203,7 @@ class Activations:
         if self._file is None:
             self._store[index] = hidden[0].cpu()
             return
-        raw = hidden[0].to("cpu", self._dtype).contiguous().view(torch.uint8)
+        raw = hidden[0].to("cpu", self.dtype).contiguous().view(torch.uint8)
         self._file.seek(index * raw.numel())
         self._file.write(raw.reshape(-1).numpy().tobytes())
 

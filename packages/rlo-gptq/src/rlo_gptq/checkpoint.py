@@ -120,7 +120,7 @@ def write_checkpoint(
         if (source.folder / name).is_file():
             with atomic_path(folder / name) as temporary:
                 shutil.copyfile(source.folder / name, temporary)
-    records = [r for part in parts for r in work.records(part.stem)]
+    records = [r for part in parts for r in work.records(part.stem) if "layer" in r]
     card = model_card(
         base=base,
         dataset=dataset,

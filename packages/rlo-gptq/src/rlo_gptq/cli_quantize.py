@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from rlo_gptq.settings import METHODS, LayerSettings
+from rlo_gptq.settings import METHODS, LayerSettings, TuneSettings
 
 if TYPE_CHECKING:
     from rlo_gptq.pipeline import Options, Progress
@@ -100,6 +100,15 @@ def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], 
 @both_spellings(
     "hessian-energy", is_flag=True, help="Weight them by that loss's squared gradient instead."
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Finetune each block's scales and norms against its own dense output.",
+)
+@both_spellings("tune-epochs", type=click.IntRange(min=1), help="Passes over the sequences: 5.")
+@both_spellings(
+    "tune-lr", type=click.FloatRange(0, 1, min_open=True), help="Relative to a scale: 0.01."
+)
 @click.option("--nsamples", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--seqlen",
@@ -177,6 +186,9 @@ def quantize(
     peers: tuple[str, ...],
     hessian: str,
     hessian_energy: bool,
+    tune: bool,
+    tune_epochs: int | None,
+    tune_lr: float | None,
     nsamples: int,
     seqlen: int | None,
     seed: int,
@@ -221,6 +233,15 @@ def quantize(
         raise click.UsageError("--verify-with needs --format")
     if hessian == "plain" and hessian_energy:
         raise click.UsageError("--hessian-energy needs --hessian SPEC")
+    tuning = _tune_settings(
+        tune,
+        tune_epochs,
+        tune_lr,
+        excluded={
+            "--compat": compat is not None,
+            "--unbiased": unbiased,
+        },
+    )
     rotated = incoh_processing or pre_proj
     kind = incoherence or (("kronecker" if compat else "hadamard") if rotated else "none")
     try:
@@ -265,6 +286,7 @@ def quantize(
         hessian=hessian,
         hessian_energy=hessian_energy,
         rotate=rotate,
+        tune=tuning,
     )
     if dry_run:
         _print_plan(options, device, as_json=as_json)
@@ -282,11 +304,36 @@ def quantize(
         f"({document['worst_layer']}), {document['bytes'] / _MB:.1f} MB, "
         f"{document['seconds']:.1f} s: {folder}"
     )
+    if "block_error_before" in document:
+        click.echo(
+            f"blocks tuned: mean error on held-out sequences {document['block_error_before']:.4g} "
+            f"-> {document['block_error_after']:.4g}"
+        )
     for exported in document["exports"]:
         checks = ", ".join(f"{c['peer']} {c['difference']:.2g}" for c in exported["verified"])
         click.echo(
             f"{exported['format']}: {exported['folder']}" + (f" ({checks})" if checks else "")
         )
+
+
+def _tune_settings(
+    tune: bool, epochs: int | None, learning_rate: float | None, *, excluded: dict[str, bool]
+) -> TuneSettings | None:
+    """Return what the --tune options say; None without them.
+
+    Raises:
+        click.UsageError: they say nothing together, or another option excludes them.
+    """
+    if not tune:
+        for name, value in (("--tune-epochs", epochs), ("--tune-lr", learning_rate)):
+            if value is not None:
+                raise click.UsageError(f"{name} needs --tune")
+        return None
+    for option, there in excluded.items():
+        if there:
+            raise click.UsageError(f"--tune moves the scales, which {option} fixes; leave one out")
+    default = TuneSettings()
+    return TuneSettings(epochs or default.epochs, learning_rate or default.learning_rate)
 
 
 def _export(folder: Path, name: str, peers: tuple[str, ...]) -> dict[str, Any]:
@@ -415,15 +462,24 @@ def run_quantization(
             "worst_layer": worst["layer"],
             "bytes": sum(file.stat().st_size for file in weight_files(folder)),
             "quantized_parameters": sum(weights),
+            **_tuned(result.tuned),
             "resumed_blocks": result.resumed,
             "seconds": round(time.perf_counter() - begin, 3),
         }
         columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
         by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
         table = [{key: record[key] for key in columns} for record in by_error]
-        runs[0].finish(**document, layers_by_error=table)
+        runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
         write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
         return document
+
+
+def _tuned(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean error of the finetuned blocks, before and after; empty without any."""
+    names = {"block_error_before": "error_before", "block_error_after": "error_after"}
+    if not records:
+        return {}
+    return {name: sum(r[key] for r in records) / len(records) for name, key in names.items()}
 
 
 class _Log:
@@ -446,6 +502,12 @@ class _Log:
         """A layer is there."""
         for run in self.runs:
             run.log(step=self.index, kind=record["layer"].rpartition(".")[2], **record)
+        self.index += 1
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        """A block is finetuned."""
+        for run in self.runs:
+            run.log(step=self.index, kind="block", **record)
         self.index += 1
 
 
@@ -483,4 +545,12 @@ class _Bar(_Log):
         self.bar.console.print(
             f"{record['layer']:48} {record['rows']:>6} x {record['columns']:<6} proxy loss "
             f"{record['proxy']:.5f}  {record['seconds']:.2f} s"
+        )
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        """Print the block above the bar."""
+        super().tuned(record)
+        self.bar.console.print(
+            f"{record['block']:48} tuned: error {record['error_before']:.5f} -> "
+            f"{record['error_after']:.5f}  {record['seconds']:.2f} s"
         )

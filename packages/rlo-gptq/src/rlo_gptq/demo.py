@@ -97,6 +97,9 @@ class _Quiet:
         """A layer is there."""
         self.run.log(variant=self.variant, layer=record["layer"], proxy=record["proxy"])
 
+    def tuned(self, record: dict[str, Any]) -> None:
+        """A block is finetuned: the demo does none of it."""
+
 
 def run(run_dir: Path, *, console: Console, steps: int = STEPS) -> dict[str, Any]:
     """Train, quantize, reload and evaluate; returns the summary.

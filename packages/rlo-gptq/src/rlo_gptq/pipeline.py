@@ -31,14 +31,16 @@ from rlo_gptq.calibrate import (
 )
 from rlo_gptq.experts import SplitExperts
 from rlo_gptq.fold_checkpoint import fold_checkpoint
+from rlo_gptq.hessian import CalibrationError
 from rlo_gptq.layer import quantize_layer
 from rlo_gptq.models import Layout, split_all_experts
 from rlo_gptq.plan import Plan, discover
 from rlo_gptq.processes import Processes
 from rlo_gptq.quant_linear import QuantLinear
-from rlo_gptq.settings import LayerSettings
+from rlo_gptq.settings import LayerSettings, TuneSettings
 from rlo_gptq.source import ModelSource, find_model, release, require_filled
 from rlo_gptq.token_weights import PLAIN, sequence_weights, tail, weighting_link
+from rlo_gptq.tune import dense_outputs, restore_norms, tune_block
 from rlo_gptq.work import WorkFolder
 
 EXPERT_HESSIAN_BYTES = 1 << 30
@@ -70,6 +72,7 @@ class Options:
         hessian: "plain", or a loss spec by whose slope calibration tokens are weighted.
         hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
         rotate: "fold" folds random rotations into the weights before anything else.
+        tune: Finetune each block's scales and norms against its dense output; None does not.
     """
 
     model: str
@@ -87,6 +90,7 @@ class Options:
     hessian: str = PLAIN
     hessian_energy: bool = False
     rotate: str | None = None
+    tune: TuneSettings | None = None
 
 
 class Progress(Protocol):
@@ -98,6 +102,9 @@ class Progress(Protocol):
     def layer(self, record: dict[str, Any]) -> None:
         """A layer is quantized."""
 
+    def tuned(self, record: dict[str, Any]) -> None:
+        """A block is finetuned."""
+
 
 @dataclass
 class Result:
@@ -105,6 +112,7 @@ class Result:
 
     Args:
         records: One for each layer: name, shape, proxy, seconds, tokens.
+        tuned: One for each block that was finetuned: name, error before and after, epoch, seconds.
         resumed: Blocks that were on disk already.
         layout: Of the model.
         seqlen: Tokens of a calibration sequence.
@@ -112,6 +120,7 @@ class Result:
     """
 
     records: list[dict[str, Any]]
+    tuned: list[dict[str, Any]]
     resumed: int
     layout: Layout
     seqlen: int
@@ -208,7 +217,7 @@ def quantize_model(
         processes.wait()
         if processes.first:
             shutil.rmtree(folded, ignore_errors=True)
-        return Result(run.records, run.resumed, plan.layout, plan.seqlen, data)
+        return Result(run.records, run.tuned, run.resumed, plan.layout, plan.seqlen, data)
     finally:
         source.close()
 
@@ -228,11 +237,17 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.tuned: list[dict[str, Any]] = []
         self.resumed = 0
         self.device = self.processes.device
         self.token_weights: Tensor | None = None
 
     def all_blocks(self, sequences: Tensor) -> None:
+        if self.options.tune is not None and len(sequences) < 2:
+            raise CalibrationError(
+                f"tuning needs at least 2 calibration sequences, one to be held out, got "
+                f"{len(sequences)}; give a larger --nsamples"
+            )
         self._save_rest()
         mine = list(self.processes.share(len(sequences)))
         if self.options.hessian != PLAIN:
@@ -254,8 +269,7 @@ class _Run:
             if there:
                 self.resumed += 1
                 for record in self.work.records(part) if self.processes.first else []:
-                    self.records.append(record)
-                    self.progress.layer(record)
+                    self._done(record)
                 if index + 1 == self.layout.count:
                     continue
             block = self.source.load_module(name)
@@ -358,6 +372,10 @@ class _Run:
         packed: dict[str, QuantLinear] = {}
         records: list[dict[str, Any]] = []
         groups: list[list[str]] = []
+        tune = self.options.tune is not None and bool(linears)
+        targets = self._like(activations) if tune else None
+        if targets is not None:
+            dense_outputs(block, call, activations, targets, len(mine))
         if linears:
             groups = input_groups(block, linears, call, activations.get(0, self.device))
             # Each process traces its own sequence, and experts are reached by some only.
@@ -384,10 +402,57 @@ class _Run:
                 self._use(block, done)
         if not self.options.true_sequential:
             self._use(block, packed)
+        if targets is not None:
+            records.append(self._tune(block, name, packed, call, activations, targets, mine))
+            targets.close()
         if self.processes.first:
             self.work.save(part, self._tensors(block, name, packed), records)
-        self.records += records
         self.processes.wait()
+
+    def _like(self, activations: Activations) -> Activations:
+        """Return room for hidden states of the same sequences, kept in the same way."""
+        folder = self.work.folder if self.options.offload else None
+        return Activations(*activations.shape, activations.dtype, folder)
+
+    def _tune(
+        self,
+        block: nn.Module,
+        name: str,
+        packed: dict[str, QuantLinear],
+        call: BlockCall,
+        activations: Activations,
+        targets: Activations,
+        mine: Sequence[int],
+    ) -> dict[str, Any]:
+        """Finetune scales and norms, and put them in place; returns the block's record."""
+        assert self.options.tune is not None
+        measured = tune_block(
+            block,
+            packed,
+            call,
+            activations,
+            targets,
+            mine,
+            self.options.tune,
+            count=self.options.nsamples,
+            seed=layer_seed(self.options.seed, f"{name}.tune"),
+            stored=lambda child, tensor: self._as_stored(f"{name}.{child}", tensor),
+            processes=self.processes,
+            token_weights=self.token_weights,
+        )
+        self._use(block, packed)
+        record = {"block": name, **measured}
+        self._done(record)
+        return record
+
+    def _done(self, record: dict[str, Any]) -> None:
+        """Note the record of a layer, or of a finetuned block, and tell of it."""
+        if "layer" in record:
+            self.records.append(record)
+            self.progress.layer(record)
+        else:
+            self.tuned.append(record)
+            self.progress.tuned(record)
 
     def _round_stage(
         self,
@@ -444,7 +509,7 @@ class _Run:
                 module.load_state_dict(received["state"], assign=True)
             results[layer] = module
             records.append(record)
-            self.progress.layer(record)
+            self._done(record)
         return results
 
     def _empty_like(self, linear: nn.Linear) -> QuantLinear:
@@ -490,6 +555,8 @@ class _Run:
                 }
                 module.load_state_dict(state, assign=True)
                 self._use(block, {layer: module})
+            if self.options.tune is not None:
+                restore_norms(block, lambda child: stored.get_tensor(f"{name}.{child}"))
 
     def _layers_in(self, names: set[str], block: str) -> list[str]:
         index = int(block.rpartition(".")[2])

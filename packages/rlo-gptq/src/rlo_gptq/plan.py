@@ -77,7 +77,13 @@ def discover(source: ModelSource, options: Options) -> Plan:
     rounding = sum((d**3) / 1 + 2 * m * d * d * (2 + options.layer.passes) for m, d in shapes)
     kind = source.device.type
     speed = _FLOPS.get(kind, _FLOPS["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
-    peak = block_bytes + activations * (not options.offload) + 5 * 4 * largest * largest
+    kept = activations * (not options.offload)
+    peak = block_bytes + kept + 5 * 4 * largest * largest
+    if options.tune is not None:
+        # Held: the dense outputs; codes as floats, dense weights and their gradients, in float32.
+        tuned = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
+        peak = max(peak, block_bytes + 4 * tuned + kept) + kept
+        forward += 2 * tokens * quantized * (2 + 4 * options.tune.epochs)
     return Plan(
         layout,
         seqlen,

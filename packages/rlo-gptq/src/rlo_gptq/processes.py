@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,15 @@ class Processes:
             dist.all_reduce(tensor)
         hessian.weight = counts[:1].cpu()
         hessian.tokens = int(counts[1])
+
+    def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors over all processes, in place."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
 
     def broadcast(self, value: Any, source: int) -> Any:
         """Return the value that process `source` has: tensors and plain values, nested."""

@@ -155,6 +155,30 @@ class LayerSettings:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class TuneSettings:
+    """How a block's scales and norms are finetuned after rounding, see `tune.py`.
+
+    Args:
+        epochs: Passes over the calibration sequences.
+        learning_rate: Of Adam, falling to 0; relative to a scale, or to the size of a norm's gain.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"tune epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                f"tune learning rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
+
+
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     # `True in (1, 2)` holds, and 2.0 == 2: neither is a number of bits.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
