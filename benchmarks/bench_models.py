@@ -3,7 +3,7 @@
 `python benchmarks/bench_models.py stories --data DIR` quantizes stories260k;
 `... smollm2 --data DIR --model DIR_OR_GGUF` SmolLM2-135M. DIR is the folder of real data, texts for
 calibration and for evaluation do not overlap. Results are written after every model, and a run that
-was stopped goes on.
+was stopped goes on; `--minutes N` begins no model after that time, to do the table piece by piece.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ def split_stories(data: Path, folder: Path) -> Path:
 
 
 def configurations(names: list[str]) -> list[dict[str, Any]]:
-    """`BITS:METHOD[:incoherence[:rescale]]` for each, e.g. `2:ldlqRG:hadamard`."""
+    """`BITS:METHOD[:hadamard|kronecker][:rescale][:trellis]` for each, e.g. `2:ldlqRG:hadamard`."""
     found = []
     for name in names:
         bits, method, *rest = name.split(":")
-        incoherence = rest[0] if rest else "none"
+        rotations = [word for word in rest if word in ("hadamard", "kronecker")]
         found.append(
             {
                 "bits": int(bits),
                 "method": method,
-                "incoherence": incoherence,
-                "rescale": "rescale" in rest[1:],
+                "grid": "trellis" if "trellis" in rest else "scalar",
+                "incoherence": rotations[0] if rotations else "none",
+                "rescale": "rescale" in rest,
             }
         )
     return found
@@ -58,7 +59,8 @@ def earlier(which: str) -> list[dict[str, Any]]:
     path = RESULTS / f"models_{which}.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return [r if r["method"] == "original" else {"grid": "scalar", **r} for r in records]
 
 
 def main() -> None:
@@ -71,8 +73,10 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int)
     parser.add_argument("--context", type=int)
     parser.add_argument("--configs", nargs="*")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.monotonic()
     names = args.configs or [
         f"{bits}:{method}{incoherence}"
         for bits in (2, 3, 4)
@@ -94,9 +98,12 @@ def main() -> None:
         if not records:
             original = evaluate_perplexity(model, str(text), **measure)
             records.append({"method": "original", **{key: original[key] for key in keys}})
+            write_results(f"models_{args.which}", records)
         for number, settings in enumerate(configurations(names)):
             if any(settings.items() <= record.items() for record in records):
                 continue  # a run that was stopped goes on
+            if time.monotonic() - started > 60 * args.minutes:
+                break
             folder = work / f"model-{number}"
             options = Options(
                 model=model,
@@ -114,6 +121,8 @@ def main() -> None:
                 "wall_seconds": round(time.perf_counter() - begin, 2),
             }
             result = evaluate_perplexity(str(folder), str(text), **measure)
+            if result["tokens"] != records[0]["tokens"]:
+                parser.error(f"--eval-tokens and --context must be those of {records[0]}")
             records.append(
                 {
                     **settings,
