@@ -3,8 +3,9 @@
     python benchmarks/bench_losses.py             # CPU, one thread; CUDA too where there is one
     python benchmarks/bench_losses.py --no-compile
 
-Candidates are interleaved in one process, and CPU times are process time. Two shapes where a call's
-fixed cost shows (CIFAR's 10 and 100 classes), ImageNet's 1000, and a language model's vocabulary.
+Candidates are interleaved in one process, CPU times are process time, and freed memory stays with
+the process. Two shapes where a call's fixed cost shows (CIFAR's 10 and 100 classes), ImageNet's
+1000, and a language model's vocabulary.
 Peak memory is what torch's allocator handed out on top of the inputs. `released` is the formula of
 the released code: softmax, then power.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import compare, write_results
+from harness import compare, keep_freed_memory, write_results
 from rlo_core import focal_loss, rooted_convex_loss, rooted_loss
 from torch import Tensor
 
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)
     records = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -23,9 +24,13 @@ NARROW = 48
 """Classes below which torch's row-wise softmax kernel is slower than amax, sub, exp and sum: 90
 against 22 us at 512 x 10 on an AVX-512 core, 46 against 72 us at 512 x 100."""
 
-CHUNK = 1 << 16
-"""Elements of half-precision logits that are in float32 at a time, at least: 256 KiB stay in the
-cache. Of large logits a 512th part is, which adds 0.1 % to the peak."""
+SMALL = 1 << 17
+"""Elements of half-precision logits up to which p is kept in float32: fewer operations, and the
+memory is that of a small tensor."""
+
+PART = 1 << 20
+"""Elements of larger half-precision logits that are in float32 at a time, 4 MiB: few enough parts
+that their operations do not show. Half of it in backward, where the gradient is held too."""
 
 SMALLEST_P = 1e-30
 """Where -log p has all its digits: below, p comes near the smallest normal float32."""
@@ -69,12 +74,8 @@ class _RowLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         index, dropped, picked = target.unsqueeze(1), None, None
         kept: int | Tensor = len(target)
-        half = logits.itemsize == 2 and logits.shape[1] >= NARROW
-        if half:
-            p, z_max, p_max = _half_softmax(logits)
-        else:
-            p = _softmax(logits)
-        source = logits if half else p
+        by_parts = logits.itemsize == 2 and logits.numel() > SMALL
+        source = logits if by_parts else _softmax(logits)
         if ignore_index < 0:
             # gather checks every index, which makes a check of our own needless: it fails where a
             # target is to be ignored, and where one is wrong.
@@ -86,13 +87,13 @@ class _RowLoss(torch.autograd.Function):
             index = index.masked_fill(dropped, 0)
             kept = len(target) - dropped.sum()
             picked = source.gather(1, index)
-        if half:
-            ce = (z_max - picked) - p_max.log()
-        elif picked.min().item() > SMALLEST_P:
-            ce = picked.log_().neg_()
-        else:  # NaN comes here too
-            z_max = logits.amax(1, keepdim=True).to(p.dtype)
-            ce = (z_max - logits.gather(1, index)) - p.amax(1, keepdim=True).log()
+        p, picked = _softmax_by_parts(logits, index) if by_parts else (source, picked)
+        ordinary = picked.min().item() > SMALLEST_P
+        unsure = None if ordinary else ~(picked > SMALLEST_P).squeeze(1)  # NaN comes here too
+        ce = picked.log_().neg_()
+        if unsure is not None:
+            z = logits[unsure].to(ce.dtype)
+            ce[unsure] = F.cross_entropy(z, index[unsure, 0], reduction="none").unsqueeze(1)
         loss = link.value(ce)
         if dropped is not None:
             loss = loss.masked_fill(dropped, 0.0)
@@ -126,8 +127,8 @@ class _RowLoss(torch.autograd.Function):
             scale = scale + grad_ce
         # p - 1 of the right class, without the digits that the subtraction would lose.
         at_target = torch.expm1(-ce) * scale
-        if dtype.itemsize == 2 and not torch.is_grad_enabled():
-            return _half_gradient(p, index, scale, at_target, dtype), None, None, None, None
+        if dtype.itemsize == 2 and p.numel() > SMALL and not torch.is_grad_enabled():
+            return _gradient_by_parts(p, index, scale, at_target, dtype), None, None, None, None
         out = (p * scale).scatter_(1, index, at_target)
         if grad_p is not None:
             out = out + p * (grad_p - (p * grad_p).sum(1, keepdim=True))
@@ -136,49 +137,44 @@ class _RowLoss(torch.autograd.Function):
 
 def _softmax(logits: Tensor) -> Tensor:
     """Return softmax of each row, float32 or wider."""
-    if logits.shape[1] >= NARROW:
-        return torch.softmax(logits, 1)
     x = logits.float() if logits.itemsize == 2 else logits
+    if logits.shape[1] >= NARROW:
+        return torch.softmax(x, 1)
     e = (x - x.amax(1, keepdim=True)).exp_()
     return e.div_(e.sum(1, keepdim=True))
 
 
-def _half_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return softmax, the largest logit and the largest p of each row, computed in float32.
+def _softmax_by_parts(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax of half-precision logits and its entries at `index`, (N, C) and (N, 1).
 
-    p itself is kept in bfloat16 where the logits are: that puts the gradient, which is rounded to
-    bfloat16 in the end, within one unit in its last place. float16 has not the range for p.
-    log p_y is z_y - z_max + log p_max, and p_max is at least 1/C: no p underflows on the way.
+    Computed in float32, and so are the entries. p itself is kept in bfloat16 where the logits are:
+    that puts the gradient, which is rounded to bfloat16 in the end, within one unit in its last
+    place. float16 has not the range for p.
     """
     kept = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32
     p = torch.empty(logits.shape, dtype=kept)
-    z_max, p_max = torch.empty(2, len(logits), 1).unbind()
-    rows = min(_rows_at_a_time(logits), len(logits))
-    # Two buffers for all parts: memory asked for anew would be mapped page by page each time.
-    z, q = torch.empty(2, rows, logits.shape[1]).unbind()
-    parts = (torch.split(tensor, rows) for tensor in (logits, p, z_max, p_max))
-    for z_, p_, z_max_, p_max_ in zip(*parts, strict=True):
-        n = len(z_)
-        torch.amax(z[:n].copy_(z_), 1, keepdim=True, out=z_max_)
-        torch.softmax(z[:n], 1, out=q[:n])
-        torch.amax(q[:n], 1, keepdim=True, out=p_max_)
-        p_.copy_(q[:n])
-    return p, z_max, p_max
+    picked = torch.empty(len(logits), 1)
+    rows = min(max(1, PART // logits.shape[1]), len(logits))
+    # One buffer for all parts: memory asked for anew would be mapped page by page each time.
+    buffer = torch.empty(rows, logits.shape[1])
+    parts = (torch.split(tensor, rows) for tensor in (logits, index, p, picked))
+    for logits_, index_, p_, picked_ in zip(*parts, strict=True):
+        q = buffer[: len(p_)].copy_(logits_)
+        torch.softmax(q, 1, out=q)
+        torch.gather(q, 1, index_, out=picked_)
+        p_.copy_(q)
+    return p, picked
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    return max(1, max(CHUNK, logits.numel() >> 9) // logits.shape[1])
-
-
-def _half_gradient(
+def _gradient_by_parts(
     p: Tensor, index: Tensor, scale: Tensor, at_target: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return the gradient in half precision, with a part of the rows in float32 at a time."""
     out = torch.empty(p.shape, dtype=dtype)
-    rows = min(_rows_at_a_time(p), len(p))
+    rows = min(max(1, PART // 2 // p.shape[1]), len(p))
     buffer = torch.empty(rows, p.shape[1])
     parts = (torch.split(tensor, rows) for tensor in (p, index, scale, at_target, out))
     for p_, index_, scale_, at_target_, out_ in zip(*parts, strict=True):
-        part = torch.mul(p_, scale_, out=buffer[: len(p_)])
+        part = buffer[: len(p_)].copy_(p_).mul_(scale_)
         out_.copy_(part.scatter_(1, index_, at_target_))
     return out
