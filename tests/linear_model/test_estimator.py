@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn
 from rlo_core.linear_model import RootedLogisticRegression
 from rlo_core.linear_model.solvers import pairs_kept
 from scipy.sparse import csr_array
@@ -14,7 +15,9 @@ from sklearn.datasets import load_breast_cancer, load_iris, make_classification
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.fixes import parse_version
 
+V1_8 = parse_version("1.8")  # from which on l1_ratio alone says which penalty
 TABLES = ["breast_cancer", "wine", "digits", "ionosphere", "spect", "madelon"]
 EXACT = {"tol": 1e-8, "max_iter": 3000}
 
@@ -69,9 +72,10 @@ def test_the_l1_penalty_is_scikit_learns_at_k_of_infinity(cancer, solver):
     ours = RootedLogisticRegression(
         k=math.inf, C=0.1, l1_ratio=1.0, solver=solver, tol=1e-7, max_iter=20000
     ).fit(X, y)
-    theirs = LogisticRegression(C=0.1, l1_ratio=1.0, solver="saga", tol=1e-7, max_iter=20000).fit(
-        X, y
-    )
+    named = {"penalty": "elasticnet"} if parse_version(sklearn.__version__) < V1_8 else {}
+    theirs = LogisticRegression(
+        C=0.1, l1_ratio=1.0, solver="saga", tol=1e-7, max_iter=20000, **named
+    ).fit(X, y)
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-3)
     np.testing.assert_array_equal(ours.coef_ == 0.0, np.abs(theirs.coef_) < 1e-9)
     assert 0 < (ours.coef_ == 0.0).sum() < ours.coef_.size
