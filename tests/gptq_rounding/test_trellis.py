@@ -98,7 +98,7 @@ def test_no_pass_raises_the_loss():
         before = state.loss().sum()
         greedy_pass(state, grid)
         assert state.loss().sum() <= before * (1 + 1e-6)
-    torch.testing.assert_close(state.values, grid.values(state.codes))
+    torch.testing.assert_close(state.values, grid.values(state.codes, order))
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 12])

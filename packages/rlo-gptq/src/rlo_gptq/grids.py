@@ -18,6 +18,9 @@ from rlo_gptq.settings import LayerSettings, ScaleDtype
 # want 1.5 at 2 bits to 2.9 at 4, and rows with outliers up to their absolute maximum.
 _NARROWEST = 0.7
 _CANDIDATES = 24
+# Weights that are fitted at one time: a core's own cache holds them, and the search reads them two
+# hundred times.
+_FITTED = 1 << 17
 
 
 class Grid(Protocol):
@@ -39,11 +42,11 @@ class Grid(Protocol):
     def set_scales(self, scales: Tensor) -> None:
         """Replace the scales, (groups, m)."""
 
-    def units(self, codes: Tensor) -> Tensor:
-        """Return the values (d, m) of codes (d, m) before scaling."""
+    def units(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return the values (n, m) before scaling of the codes (n, m) of some columns, (n,)."""
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Return the values (d, m) of codes (d, m)."""
+    def values(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return the values (n, m) of the codes (n, m) of some columns, (n,)."""
 
 
 def column_groups(d: int, group_size: int) -> Tensor:
@@ -99,13 +102,13 @@ class ScalarGrid:
         inverse, zero = self.inverse[self.group], self.zeros[self.group]
         return torch.addcmul(zero, x, inverse).round_().clamp_(0, self.top)
 
-    def units(self, codes: Tensor) -> Tensor:
-        """Return code - zero, (d, m)."""
-        return codes - self.zeros[self.group]
+    def units(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return code - zero, (n, m)."""
+        return codes - self.zeros[self.group[columns]]
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Return scale * (code - zero), (d, m)."""
-        return self.units(codes).mul_(self.scales[self.group])
+    def values(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return scale * (code - zero), (n, m)."""
+        return self.units(codes, columns).mul_(self.scales[self.group[columns]])
 
 
 def stored(x: Tensor, dtype: ScaleDtype) -> Tensor:
@@ -137,14 +140,20 @@ def fit_grid(x: Tensor, importance: Tensor, settings: LayerSettings) -> ScalarGr
         A grid whose scales and zeros are already rounded to `settings.scale_dtype`.
     """
     d, m = x.shape
-    per_tensor = settings.group_size == 0
-    group = column_groups(d, settings.group_size).to(x.device)
-    groups = int(group[-1]) + 1
-    parts = [_fit_group(x[group == g], importance[group == g], settings) for g in range(groups)]
-    scales, zeros = (torch.stack(part) for part in zip(*parts, strict=True))
-    if per_tensor:
-        scales, zeros = scales.expand(1, m).contiguous(), zeros.expand(1, m).contiguous()
-    return ScalarGrid(scales, zeros, settings.bits, group)
+    size = settings.group_size if settings.group_size > 0 else d
+    starts = range(0, d, size)
+    scales = torch.empty(len(starts), m, dtype=x.dtype, device=x.device)
+    zeros = torch.empty_like(scales)
+    for g, start in enumerate(starts):
+        group = slice(start, min(start + size, d))
+        # One scale for the matrix has to see all of it; else a part that a cache holds is fitted.
+        step = m if settings.group_size == 0 else max(16, _FITTED // (group.stop - group.start))
+        for begin in range(0, m, step):
+            part = slice(begin, min(begin + step, m))
+            scales[g, part], zeros[g, part] = _fit_group(
+                x[group, part].contiguous(), importance[group], settings
+            )
+    return ScalarGrid(scales, zeros, settings.bits, column_groups(d, size).to(x.device))
 
 
 def _fit_group(x: Tensor, h: Tensor, settings: LayerSettings) -> tuple[Tensor, Tensor]:
@@ -160,22 +169,22 @@ def _fit_group(x: Tensor, h: Tensor, settings: LayerSettings) -> tuple[Tensor, T
         low, high = low.clamp(max=0), high.clamp(min=0)
         centre, widest = (low + high) / 2, (high - low) / 2
     narrowest = torch.minimum(_NARROWEST * rms, widest)
-    weight = h[:, None]
     best_error = torch.full_like(widest, float("inf"))
     best_scale, best_zero = torch.zeros_like(widest), _zero_of(centre, widest, settings)
+    unit = torch.empty_like(x)
     for i in range(_CANDIDATES):
         half = narrowest * (widest / narrowest.clamp(min=1e-30)) ** (i / (_CANDIDATES - 1))
         scale = stored(2 * half / top, settings.scale_dtype)
         zero = _zero_of(centre, scale * top / 2, settings)
-        error = _error(x, weight, scale, zero, top, axes)
+        error = _error(x, h, scale, zero, top, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     for _ in range(2):
-        scale = _least_squares(x, weight, best_scale, best_zero, top, axes)
+        scale = _least_squares(x, h, best_scale, best_zero, top, unit)
         scale = stored(scale, settings.scale_dtype)
-        error = _error(x, weight, scale, best_zero, top, axes)
+        error = _error(x, h, scale, best_zero, top, unit)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -193,22 +202,26 @@ def _zero_of(centre: Tensor, half: Tensor, settings: LayerSettings) -> Tensor:
     return stored(zero, settings.scale_dtype)
 
 
-def _codes(x: Tensor, scale: Tensor, zero: Tensor, top: float) -> Tensor:
+def _units(x: Tensor, scale: Tensor, zero: Tensor, top: float, out: Tensor) -> Tensor:
+    """Write code - zero of the nearest codes, (d, m), into `out`; return it."""
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return torch.addcmul(zero, x, inverse).round_().clamp_(0, top).sub_(zero)
+    torch.mul(x, inverse, out=out)
+    return out.add_(zero).round_().clamp_(0, top).sub_(zero)
 
 
-def _error(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, top: float, axes: tuple[int, ...]
-) -> Tensor:
-    return (_codes(x, scale, zero, top).mul_(scale).sub_(x).square_().mul_(weight)).sum(axes)
+def _error(x: Tensor, h: Tensor, scale: Tensor, zero: Tensor, top: float, unit: Tensor) -> Tensor:
+    """Return the weighted squared error, (m,), or () for one scale per tensor."""
+    error = _units(x, scale, zero, top, unit).mul_(scale).sub_(x).square_()
+    of_columns = h @ error
+    return of_columns if scale.ndim else of_columns.sum()
 
 
 def _least_squares(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, top: float, axes: tuple[int, ...]
+    x: Tensor, h: Tensor, scale: Tensor, zero: Tensor, top: float, unit: Tensor
 ) -> Tensor:
-    unit = _codes(x, scale, zero, top)
-    weighted = unit * weight
-    denominator = (weighted * unit).sum(axes)
-    fitted = (weighted * x).sum(axes) / denominator.clamp(min=1e-30)
-    return torch.where((denominator > 0) & (fitted > 0), fitted, scale)
+    _units(x, scale, zero, top, unit)
+    above, below = h @ (unit * x), h @ unit.square_()
+    if not scale.ndim:
+        above, below = above.sum(), below.sum()
+    fitted = above / below.clamp(min=1e-30)
+    return torch.where((below > 0) & (fitted > 0), fitted, scale)

@@ -12,8 +12,9 @@ import torch
 from rlo_core.errors import RLOError
 from torch import Tensor
 
-STRIP = 512
-"""Rows of H that are updated at one time, so that the products need no third matrix."""
+STRIP = 192
+"""Rows of H that are updated at one time, up to their diagonal block: the products need no third
+matrix, and half of them are not computed."""
 
 
 class CalibrationError(RLOError):
@@ -21,7 +22,7 @@ class CalibrationError(RLOError):
 
 
 class HessianSum:
-    """A running sum of outer products of the inputs of one or more layers.
+    """A running sum of outer products of the inputs of one or more layers, its lower triangle.
 
     Args:
         features: Width of the inputs.
@@ -51,13 +52,13 @@ class HessianSum:
             left = rows * weights[:, None]
         self.tokens += rows.shape[0]
         for start in range(0, self.total.shape[0], STRIP):
-            part = slice(start, start + STRIP)
-            term = left[:, part].T @ rows
-            total = self.total[part]
+            stop = min(start + STRIP, self.total.shape[0])
+            term = left[:, start:stop].T @ rows[:, :stop]
+            total, carry = self.total[start:stop, :stop], self.carry[start:stop, :stop]
             new = total + term
             virtual = new - total
-            self.carry[part] += (total - (new - virtual)) + (term - virtual)
-            self.total[part] = new
+            carry += (total - (new - virtual)) + term.sub_(virtual)
+            total.copy_(new)
 
     def mean(self, name: str) -> Tensor:
         """Return H, (features, features), float32; the sum's memory is reused.

@@ -24,6 +24,8 @@ LARGEST_DENSE_FACTOR = 512
 # butterflies of 2, and each is a matrix product.
 HADAMARD_FACTOR = 64
 
+_STRIP = 256  # rows of a matrix that are rotated at one time where it is changed in place
+
 _INPUT_STREAM, _OUTPUT_STREAM = 1, 2
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -346,7 +348,18 @@ class Transform:
 
     def rotate_hessian(self, hessian: Tensor) -> Tensor:
         """Return V H V^T of a Hessian (d, d)."""
-        return self.apply_input(self.apply_input(hessian).T)
+        return self.rotate_hessian_(hessian.clone())
+
+    def rotate_hessian_(self, hessian: Tensor) -> Tensor:
+        """Put V H V^T in the place of a Hessian (d, d), strip by strip; return it."""
+        if self.input.kind == "none":
+            return hessian
+        strips = [slice(at, at + _STRIP) for at in range(0, len(hessian), _STRIP)]
+        for strip in strips:
+            hessian[strip] = self.apply_input(hessian[strip])
+        for strip in strips:
+            hessian[:, strip] = self.apply_input(hessian[:, strip].T).T
+        return hessian
 
     def _on_columns(self, rotate: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
         return weight if self.output.kind == "none" else rotate(weight.T).T

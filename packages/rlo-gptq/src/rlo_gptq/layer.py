@@ -2,6 +2,7 @@ r"""One layer: weight and Hessian in, codes out, with the true error in the orig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from rlo_gptq.grids import column_groups, stored
 from rlo_gptq.incoherence import Transform
-from rlo_gptq.rounding.methods import round_matrix
+from rlo_gptq.rounding.methods import round_in_parts
 from rlo_gptq.rounding.quip import prepare, quip_round
 from rlo_gptq.rounding.trellis import decode
 from rlo_gptq.settings import GridKind, LayerSettings
+
+STRIP = 256
+"""Rows of a matrix whose temporaries exist at one time."""
 
 
 @dataclass
@@ -67,10 +71,8 @@ def proxy_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
         rounded: What (m, d).
         hessian: H (d, d), undamped.
     """
-    error = weight - rounded
-    of_error = ((error @ hessian) * error).sum(dtype=torch.float64)
-    of_weight = ((weight @ hessian) * weight).sum(dtype=torch.float64)
-    return float(of_error / of_weight) if of_weight > 0 else 0.0
+    of_weight = _quadratic(weight, hessian)
+    return _quadratic(weight - rounded, hessian) / of_weight if of_weight > 0 else 0.0
 
 
 def quantize_layer(
@@ -93,9 +95,6 @@ def quantize_layer(
     _check(weight, hessian)
     W = weight.detach().to(torch.float32)
     H = hessian.detach().to(torch.float32)
-    H = (H + H.T) / 2
-    mean = H.diagonal().mean()
-    H = H / mean if mean > 0 else torch.eye(len(H), device=H.device)
     transform = Transform(
         settings.incoherence,
         settings.incoherence_sides,
@@ -105,14 +104,22 @@ def quantize_layer(
         settings.proj_extra,
     )
     if settings.compat == "quip":
-        ready = prepare(W, H, transform, settings)
+        ready = prepare(W, normalised(H), transform, settings)
         group_size = -1 if settings.method != "gptq" or settings.integer_zero else 1
         rounded = quip_round(ready.weight.T.contiguous(), ready.hessian, settings, seed=seed)
         input_scale = ready.input_scale
     else:
-        input_scale, turned, moment = _prepare(W, H, transform, settings)
+        moment = normalised(H)
+        input_scale = _rescale(W, moment, settings) if settings.rescale else None
+        if input_scale is not None:
+            moment.mul_(input_scale).mul_(input_scale[:, None])
+        transform.rotate_hessian_(moment)
+        moment.diagonal().add_(settings.percdamp * moment.diagonal().mean())
         group_size = settings.group_size
-        rounded = round_matrix(turned.T.contiguous(), moment, settings, seed=seed)
+        rounded = round_in_parts(
+            _turned(W, input_scale, transform), len(W), moment, settings, seed=seed
+        )
+        del moment
     layer = QuantizedLayer(
         codes=rounded.codes.T.to(torch.uint8).contiguous(),
         scales=rounded.grid.scales.T.contiguous(),
@@ -124,24 +131,58 @@ def quantize_layer(
         proxy=0.0,
         grid=settings.grid,
     )
-    return replace(layer, proxy=proxy_loss(W, layer.dequantize(), H))
+    return replace(layer, proxy=_loss_of(layer, W, H))
 
 
-def _prepare(
-    W: Tensor, H: Tensor, transform: Transform, settings: LayerSettings
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the input scale, and weight and Hessian rescaled, rotated and damped."""
-    input_scale = _rescale(W, H, settings) if settings.rescale else None
-    if input_scale is not None:
-        W, H = W / input_scale, H * input_scale * input_scale[:, None]
-    turned, moment = transform.rotate_weight(W), transform.rotate_hessian(H)
-    damping = settings.percdamp * moment.diagonal().mean()
-    return input_scale, turned, moment + damping * torch.eye(len(moment), device=moment.device)
+def normalised(hessian: Tensor) -> Tensor:
+    """Return the symmetric part of H divided by its mean diagonal; the identity for H = 0."""
+    mean = hessian.diagonal().mean()
+    if not mean > 0:
+        return torch.eye(len(hessian), device=hessian.device)
+    result = torch.empty_like(hessian)
+    for start in range(0, len(hessian), STRIP):
+        strip = slice(start, start + STRIP)
+        torch.add(hessian[strip], hessian[:, strip].T, out=result[strip])
+    return result.div_(2 * mean)
+
+
+def _turned(
+    W: Tensor, input_scale: Tensor | None, transform: Transform
+) -> Callable[[slice], Tensor]:
+    """Return a function from a slice of outputs to (W / i) V^T of them, transposed, (d, some)."""
+
+    def rotated(rows: Tensor) -> Tensor:
+        return transform.apply_input(rows if input_scale is None else rows / input_scale)
+
+    if transform.output.kind == "none":
+        return lambda part: rotated(W[part]).T
+    whole = transform.output.apply(rotated(W).T)  # rotated outputs depend on all of them
+    return lambda part: whole[:, part]
+
+
+def _loss_of(layer: QuantizedLayer, W: Tensor, H: Tensor) -> float:
+    """Return the proxy loss of a layer, some outputs at a time where they do not mix."""
+    if layer.grid == "trellis" or layer.transform.output.kind != "none":
+        return proxy_loss(W, layer.dequantize(), H)
+    of_error = of_weight = 0.0
+    for start in range(0, len(W), STRIP):
+        rows = slice(start, start + STRIP)
+        part = replace(
+            layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows]
+        )
+        of_error += _quadratic(W[rows] - part.dequantize(), H)
+        of_weight += _quadratic(W[rows], H)
+    return of_error / of_weight if of_weight > 0 else 0.0
+
+
+def _quadratic(x: Tensor, hessian: Tensor) -> float:
+    """Return tr(x H x^T)."""
+    return float((x @ hessian).mul_(x).sum(dtype=torch.float64))
 
 
 def _rescale(W: Tensor, H: Tensor, settings: LayerSettings) -> Tensor:
     r"""Return :math:`i_j = ((W^T W)_{jj} / H_{jj})^{1/4}`, the inverse of QuIP's column scale."""
-    energy = W.square().sum(0).clamp(min=1e-8)
+    energy = torch.linalg.vector_norm(W, dim=0).square().clamp(min=1e-8)
     moment = H.diagonal().clamp(min=1e-8)
     scale = (energy / moment).sqrt().sqrt()
     return stored(scale / scale.mean(), settings.scale_dtype).clamp(min=1e-4)

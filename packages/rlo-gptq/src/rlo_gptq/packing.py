@@ -63,7 +63,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     words = packed_words(columns, bits)
     code_shift, byte_shift = _octets(bits, codes.device)
     packed = torch.zeros(rows, words * WORD // _BYTE, dtype=torch.uint8, device=codes.device)
-    step = max(1, (1 << 22) // max(1, columns))  # int64 temporaries of at most 32 MiB
+    step = max(1, (1 << 18) // max(1, columns))  # int64 temporaries of at most 2 MiB
     for start in range(0, rows, step):
         part = codes[start : start + step].to(torch.int64)
         part = torch.nn.functional.pad(part, (0, -columns % _BYTE)).view(part.shape[0], -1, _BYTE)

@@ -313,13 +313,13 @@ class QuantLinear(nn.Linear):
         """Return the dense weight in the original basis, (out, in), float32."""
         rows = self._rows(torch.float32)
         dense = self.scales.new_empty(self.out_features, self.in_features, dtype=torch.float32)
+        transform = self.transform
         for start, stop in _tiles(self.out_features, self.in_features):
-            dense[start:stop] = rows(start, stop)
-        if self.transform is not None:
-            dense = self.transform.restore_weight(dense)
-        if self.input_scale is not None:
-            dense = dense * self.input_scale
-        return dense
+            tile = rows(start, stop)
+            dense[start:stop] = tile if transform is None else transform.apply_input_T(tile)
+        if transform is not None:
+            dense = transform.apply_output_T(dense.T).T if transform.sides == "both" else dense
+        return dense if self.input_scale is None else dense.mul_(self.input_scale)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an ordinary linear layer with the dequantised weight."""

@@ -22,22 +22,35 @@ def bounded_feedback(hessian: Tensor, *, tolerance: float = 1e-5) -> Tensor:
     At most 100 steps, fewer once a step moves Z by less than `tolerance` of its norm.
     """
     # The update solves with leading blocks of the matrix, so it visits from the last column on.
-    H = hessian.flip(0, 1) / hessian.diagonal().max()
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    lower = torch.linalg.cholesky(2 * H + PENALTY * eye)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    target = -2 * H.tril(-1)
-    Z = torch.zeros_like(H)
-    dual = torch.zeros_like(H)
+    target = hessian.flip(0, 1).div_(hessian.diagonal().max())
+    inverse = inverse_factor(target)
+    target.mul_(-2).tril_(-1)
+    Z = torch.zeros_like(target)
+    dual = torch.zeros_like(target)
     for _ in range(STEPS):
         # Row i of X minimises over its first i - 1 entries: one solve with a leading block each,
         # all of them at once through the inverse of the one Cholesky factor.
-        X = ((PENALTY * (Z - dual) + target) @ inverse.T).tril(-1) @ inverse
-        shifted = X + dual
-        previous, Z = Z, shifted / shifted.norm(dim=0).clamp(min=1.0)
-        dual = shifted - Z
-        if (Z - previous).norm() <= tolerance * Z.norm():
+        shifted = ((Z - dual).mul_(PENALTY).add_(target) @ inverse.T).tril_(-1) @ inverse
+        shifted += dual
+        torch.div(shifted, shifted.norm(dim=0).clamp(min=1.0), out=dual)
+        moved = Z.sub_(dual).norm()
+        Z, dual = dual, shifted.sub_(dual)
+        if moved <= tolerance * Z.norm():
             break
-    feedback = torch.linalg.solve_triangular(Z + eye, eye, upper=False, unitriangular=True)
-    upper: Tensor = feedback.tril(-1).flip(0, 1)
+    del target, inverse, dual, shifted
+    Z.diagonal().fill_(1)
+    eye = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
+    feedback = torch.linalg.solve_triangular(Z, eye, upper=False, unitriangular=True)
+    upper: Tensor = feedback.tril_(-1).flip(0, 1)
     return upper.T.contiguous()
+
+
+def inverse_factor(matrix: Tensor) -> Tensor:
+    """Return the inverse of the lower Cholesky factor of 2 H + PENALTY, for H (d, d)."""
+    damped = 2 * matrix
+    damped.diagonal().add_(PENALTY)
+    lower = torch.linalg.cholesky(damped)
+    del damped
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse

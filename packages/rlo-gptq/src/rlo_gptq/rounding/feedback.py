@@ -21,6 +21,7 @@ from rlo_gptq.grids import Grid, ScalarGrid
 # Columns rounded between two matrix products inside a block. A rank-1 update of 16 rows costs as
 # much as one operator call, so that the loop over columns is bound by calls, not by memory.
 TILE = 16
+STRIP = 128  # rows of a matrix that are copied at one time where it is changed in place
 
 
 @dataclass
@@ -42,23 +43,39 @@ def factor(hessian: Tensor) -> Factor:
     Raises:
         ValueError: H is not positive definite even with 1 % more damping in float64.
     """
-    flipped = hessian.flip(0, 1)
     for dtype, extra in ((hessian.dtype, 0.0), (torch.float64, 0.0), (torch.float64, 0.01)):
-        matrix = flipped.to(dtype)
+        # One buffer from here to the result. LAPACK writes a factor over its matrix if that is
+        # stored by columns, as the transposed view of a symmetric matrix is.
+        matrix = hessian.flip(0, 1).to(dtype)
         if extra:
-            matrix = matrix + extra * matrix.diagonal().mean() * torch.eye(
-                len(matrix), dtype=dtype, device=matrix.device
-            )
-        lower, info = torch.linalg.cholesky_ex(matrix)
+            matrix.diagonal().add_(extra * matrix.diagonal().mean())
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))
         if info == 0:
             break
     else:
         raise ValueError("the Hessian must be positive semi-definite, got an indefinite one")
-    upper = lower.flip(0, 1)  # H = upper @ upper.T
-    diagonal = upper.diagonal().clone()
-    feedback = (upper / diagonal).T.to(hessian.dtype).contiguous()
-    feedback.diagonal().zero_()
-    return Factor(feedback, diagonal.square().to(hessian.dtype))
+    # The matrix holds L^T, and its reverse U^T with H = U U^T, U = (I + N) sqrt(D).
+    reverse_(matrix)
+    diagonal = matrix.diagonal().clone()
+    matrix.div_(diagonal[:, None])
+    matrix.diagonal().zero_()
+    return Factor(matrix.to(hessian.dtype), diagonal.square().to(hessian.dtype))
+
+
+def reverse_(matrix: Tensor) -> Tensor:
+    """Reverse rows and columns of a square matrix in place, in strips; returns the matrix."""
+    d = len(matrix)
+    half = d // 2
+    for start in range(0, half, STRIP):
+        stop = min(start + STRIP, half)
+        upper, lower = matrix[start:stop], matrix[d - stop : d - start]
+        kept = upper.flip(0, 1)
+        upper.copy_(lower.flip(0, 1))
+        lower.copy_(kept)
+    if d % 2:
+        matrix[half] = matrix[half].flip(0)
+    return matrix
 
 
 def round_with_feedback(

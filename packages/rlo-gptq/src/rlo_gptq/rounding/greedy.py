@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from rlo_gptq.grids import Grid, ScalarGrid, stored
-from rlo_gptq.rounding.feedback import TILE, kernels_apply
+from rlo_gptq.rounding.feedback import STRIP, TILE, kernels_apply
 from rlo_gptq.settings import ScaleDtype
+
+# Outputs whose temporaries exist at one time, where the outputs do not depend on each other: as
+# many as make the matrix products efficient.
+OUTPUTS = 256
 
 
 @dataclass
@@ -43,12 +47,17 @@ class Rounding:
 
     def refresh(self) -> None:
         """Recompute the gradient from the values, in place of the one kept by updates."""
-        torch.matmul(self.hessian, self.values - self.weight, out=self.gradient)
+        for begin in range(0, self.weight.shape[1], OUTPUTS):
+            part = slice(begin, begin + OUTPUTS)
+            self.gradient[:, part] = self.hessian @ (self.values[:, part] - self.weight[:, part])
 
 
 def start(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, order: Tensor) -> Rounding:
     """Return the state after a first rounding; all arguments in the order of visiting."""
-    values = grid.values(codes[torch.argsort(order)])[order]
+    values = torch.empty_like(codes)
+    for begin in range(0, len(codes), STRIP):
+        rows = slice(begin, begin + STRIP)
+        values[rows] = grid.values(codes[rows], order[rows])
     state = Rounding(weight, hessian, codes, values, torch.empty_like(weight), order)
     state.refresh()
     return state
@@ -136,30 +145,40 @@ def refit_scales(state: Rounding, grid: Grid, *, per_tensor: bool, scale_dtype: 
     With u the unscaled values of a group, :math:`s \leftarrow s - u^T G / u^T H u`, then rounded to
     the type it is stored in; a scale is kept where rounding or its sign would undo the gain.
     """
-    position = torch.empty_like(state.order)
-    position[state.order] = torch.arange(len(state.order), device=position.device)
-    units = grid.units(state.codes[position])[state.order]
     group = grid.group[state.order]
     scales = grid.scales.clone()
+    outputs = state.weight.shape[1]
+    step = outputs if per_tensor else OUTPUTS
     for g in range(scales.shape[0]):
-        rows = None if scales.shape[0] == 1 else (group == g).nonzero()[:, 0]
-        unit = units if rows is None else units[rows]
-        across = state.hessian if rows is None else state.hessian[:, rows]
-        influence = across @ unit  # H u, (d, m)
-        inside = influence if rows is None else influence[rows]
-        pull = state.gradient if rows is None else state.gradient[rows]
-        curvature, slope = (unit * inside).sum(0), (unit * pull).sum(0)
-        if per_tensor:
-            curvature, slope = curvature.sum().expand_as(slope), slope.sum().expand_as(slope)
-        best = scales[g] - slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny)
-        kept = stored(best, scale_dtype)
-        better = (curvature > 0) & (kept > 0) & ((kept - best).abs() < (scales[g] - best).abs())
-        step = torch.where(better, kept - scales[g], torch.zeros_like(kept))
-        scales[g] += step
-        state.gradient.addcmul_(influence, step)
-        moved = unit * step
-        if rows is None:
-            state.values += moved
-        else:
-            state.values[rows] += moved
+        # A slice where a group is all columns, so that nothing is copied.
+        rows = slice(None) if scales.shape[0] == 1 else (group == g).nonzero()[:, 0]
+        units = _units(state, grid, rows)
+        across = state.hessian[:, rows]
+        for begin in range(0, outputs, step):
+            part = slice(begin, min(begin + step, outputs))
+            unit = units[:, part]
+            gradient, values = state.gradient[:, part], state.values[:, part]
+            influence = across @ unit  # H u, (d, outputs)
+            curvature = (unit * influence[rows]).sum(0)
+            slope = (unit * gradient[rows]).sum(0)
+            if per_tensor:
+                curvature, slope = curvature.sum().expand_as(slope), slope.sum().expand_as(slope)
+            scale = scales[g, part]
+            best = scale - slope / curvature.clamp(min=torch.finfo(slope.dtype).tiny)
+            kept = stored(best, scale_dtype)
+            better = (curvature > 0) & (kept > 0) & ((kept - best).abs() < (scale - best).abs())
+            change = torch.where(better, kept - scale, torch.zeros_like(kept))
+            scale += change
+            gradient.addcmul_(influence, change)
+            values[rows] += unit * change
     grid.set_scales(scales)
+
+
+def _units(state: Rounding, grid: Grid, rows: Tensor | slice) -> Tensor:
+    """Return the unscaled values of some rows, (n, m), made strip by strip."""
+    numbers = torch.arange(len(state.order), device=state.order.device)[rows]
+    units = state.codes.new_empty(len(numbers), state.codes.shape[1])
+    for begin in range(0, len(numbers), STRIP):
+        strip = numbers[begin : begin + STRIP]
+        units[begin : begin + STRIP] = grid.units(state.codes[strip], state.order[strip])
+    return units

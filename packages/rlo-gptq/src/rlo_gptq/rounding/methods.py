@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +11,21 @@ from torch import Tensor
 from rlo_gptq.grids import Grid, ScalarGrid, fit_grid
 from rlo_gptq.incoherence import random_uniforms
 from rlo_gptq.rounding.admm import bounded_feedback
-from rlo_gptq.rounding.feedback import factor, round_with_feedback
+from rlo_gptq.rounding.feedback import STRIP, Factor, factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
 from rlo_gptq.rounding.trellis import fit_trellis
 from rlo_gptq.settings import LayerSettings
 
 _NOISE_STREAM = 64
+# Outputs that are rounded at one time, on a CPU and on a GPU. Fewer would need less memory, but
+# each column costs some twenty calls, whose own time 2048 outputs outweigh.
+OUTPUTS = (2048, 16384)
 _REFIT_AFTER = 1e-3  # of the codes changed by a pass
 
 
 @dataclass
 class Rounded:
-    """Codes (d, m), columns in their own order, and the grid that reads them."""
+    """Codes (d, m), uint8 from `round_matrix`, in their own order, and the grid that reads them."""
 
     codes: Tensor
     grid: Grid
@@ -45,41 +49,107 @@ def visiting_order(hessian: Tensor, settings: LayerSettings) -> Tensor:
 
 def round_matrix(weight: Tensor, hessian: Tensor, settings: LayerSettings, *, seed: int) -> Rounded:
     """Round a transposed weight (d, m) against a damped Hessian (d, d)."""
+    return round_in_parts(
+        lambda part: weight[:, part], weight.shape[1], hessian.clone(), settings, seed=seed
+    )
+
+
+def round_in_parts(
+    weight: Callable[[slice], Tensor],
+    outputs: int,
+    hessian: Tensor,
+    settings: LayerSettings,
+    *,
+    seed: int,
+) -> Rounded:
+    """Round a transposed weight (d, m) that is made some outputs at a time.
+
+    The rows of W do not depend on each other, so that what rounding needs besides the Hessian and
+    its factor is a few times (d, 2048) however many outputs there are.
+
+    Args:
+        weight: gives (d, some) of the outputs in a slice.
+        outputs: m.
+        hessian: damped, (d, d); it is overwritten.
+        settings: the method and its options.
+        seed: of stochastic rounding.
+    """
     order = visiting_order(hessian, settings)
-    W, H = weight[order], hessian[order][:, order]
-    grid, codes = _first_codes(W, H, order, settings, seed)
-    state = start(W, H, codes, grid, order)
-    _descend(state, grid, settings)
-    own = torch.empty_like(state.codes)
-    own[order] = state.codes
-    return Rounded(own, grid)
+    permute_(hessian, order)
+    factors = None if settings.method in ("nearest", "allbal") else factor(hessian)
+    if factors is not None and settings.method == "ldlbal_admm":
+        factors.feedback = torch.empty(0)  # room for the other one
+        factors.feedback = bounded_feedback(hessian)
+    codes = torch.empty(len(order), outputs, dtype=torch.uint8, device=hessian.device)
+    grids: list[Grid] = []
+    step = outputs if _indivisible(settings) else OUTPUTS[hessian.device.type == "cuda"]
+    for begin in range(0, outputs, step):
+        part = slice(begin, min(begin + step, outputs))
+        W = weight(part)[order]
+        grid, first = _first_codes(W, hessian, factors, order, settings, seed)
+        if part.stop == outputs:
+            factors = None  # room for the greedy passes
+        state = start(W, hessian, first, grid, order)
+        _descend(state, grid, settings)
+        codes[order, part] = state.codes.to(torch.uint8)
+        grids.append(grid)
+    return Rounded(codes, _joined(grids))
+
+
+def _indivisible(settings: LayerSettings) -> bool:
+    """Whether outputs share something: a scale, a trellis, or the numbers of one random stream."""
+    return settings.group_size == 0 or settings.grid == "trellis" or settings.unbiased
+
+
+def _joined(grids: list[Grid]) -> Grid:
+    """Return the grid of all outputs."""
+    first = grids[0]
+    if len(grids) == 1 or not isinstance(first, ScalarGrid):
+        return first
+    scales = torch.cat([grid.scales for grid in grids], 1)
+    zeros = torch.cat([grid.zeros for grid in grids], 1)
+    return ScalarGrid(scales, zeros, first.bits, first.group)
+
+
+def permute_(matrix: Tensor, order: Tensor) -> None:
+    """Permute the rows and the columns of a square matrix in place, strip by strip."""
+    if bool((order[1:] > order[:-1]).all()):
+        return
+    for begin in range(0, len(matrix), STRIP):
+        strip = slice(begin, begin + STRIP)
+        matrix[strip] = matrix[strip][:, order]
+    for begin in range(0, len(matrix), STRIP):
+        strip = slice(begin, begin + STRIP)
+        matrix[:, strip] = matrix[:, strip][order]
 
 
 def _first_codes(
-    W: Tensor, H: Tensor, order: Tensor, settings: LayerSettings, seed: int
+    W: Tensor,
+    H: Tensor,
+    factors: Factor | None,
+    order: Tensor,
+    settings: LayerSettings,
+    seed: int,
 ) -> tuple[Grid, Tensor]:
     """Fit the grid and round once; the codes are in the order of visiting."""
     own = torch.argsort(order)
     trellis = settings.grid == "trellis"
-    if settings.method in ("nearest", "allbal"):
+    if factors is None:
         scalar = fit_grid(W[own], H.diagonal()[own], settings)
         if settings.unbiased:
             return scalar, scalar.round_all(W[own] + _noise(scalar, seed))[order]
         grid: Grid = fit_trellis(W[own], settings) if trellis else scalar
         return grid, grid.round_all(W[own])[order]
-    factors = factor(H)
-    feedback = bounded_feedback(H) if settings.method == "ldlbal_admm" else factors.feedback
+    feedback, size = factors.feedback, settings.block_size
     importance = factors.diagonal[own]
     # The grid has to fit what feedback makes of the weights, which a first rounding tells.
     scalar = fit_grid(W[own], importance, settings)
-    _, targets = round_with_feedback(W, feedback, scalar, order, block_size=settings.block_size)
-    scalar = fit_grid(targets[own], importance, settings)
+    targets = round_with_feedback(W, feedback, scalar, order, block_size=size)[1][own]
+    scalar = fit_grid(targets, importance, settings)
     noise = _noise(scalar, seed)[order] if settings.unbiased else None
-    grid = fit_trellis(targets[own], settings) if trellis else scalar
-    codes, _ = round_with_feedback(
-        W, feedback, grid, order, block_size=settings.block_size, noise=noise
-    )
-    return grid, codes
+    grid = fit_trellis(targets, settings) if trellis else scalar
+    del targets
+    return grid, round_with_feedback(W, feedback, grid, order, block_size=size, noise=noise)[0]
 
 
 def _noise(grid: ScalarGrid, seed: int) -> Tensor:
@@ -102,11 +172,15 @@ def _descend(state: Rounding, grid: Grid, settings: LayerSettings) -> None:
             )
 
     refit()
+    since = 0
     for _ in range(settings.passes):
         changed = greedy_pass(state, grid, block_size=settings.block_size)
+        since += changed
         # A refit costs as much as a pass; it follows those passes that moved something.
         if changed > state.codes.numel() * _REFIT_AFTER:
             refit()
+            since = 0
         if not changed:
             break
-    refit()
+    if since:
+        refit()

@@ -248,13 +248,13 @@ class TrellisGrid:
             self.round_column(x[j], j, codes[j], value)
         return codes
 
-    def units(self, codes: Tensor) -> Tensor:
-        """Return v(state), (d, m)."""
+    def units(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return v(state), (n, m)."""
         return decode(codes).to(self.scales.dtype)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """Return scale * v(state), (d, m)."""
-        return self.units(codes).mul_(self.scales[self.group])
+    def values(self, codes: Tensor, columns: Tensor) -> Tensor:
+        """Return scale * v(state), (n, m)."""
+        return self.units(codes, columns).mul_(self.scales[self.group[columns]])
 
 
 def fit_trellis(x: Tensor, settings: LayerSettings) -> TrellisGrid:
