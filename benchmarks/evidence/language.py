@@ -82,24 +82,28 @@ class Job:
         job = self.job
         model = self.model(seed)
         options = {key: job[key] for key in ("steps", "batch", "context", "warmup", "weight_decay")}
-        spent = train(model, self.text.train, loss=loss, lr=lr, seed=seed, **options)
+        run = self.runs and Run.create(
+            self.runs / name.replace("/", "_").replace(":", "-"),
+            kind="evidence language",
+            loss=loss,
+            options={"job": self.name, "lr": lr, **options},
+            seed=seed,
+            data={"name": job["text"], "tokens": len(self.text.train)},
+        )
+
+        def log(step: int, objective: float) -> None:
+            if run:
+                run.log(step=step, split="train", objective=objective)
+
+        text = self.text.train
+        spent = train(model, text, loss=loss, lr=lr, seed=seed, log=log, **options)
         found = self.perplexities(model)
         with atomic_path(self.file(loss, lr, seed)) as temporary:
             # A tied output layer is the embedding: safetensors takes one of the two.
             tied = set(model.all_tied_weights_keys)
             state = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
             save_file(state, temporary)
-        if self.runs is not None:
-            run = Run.create(
-                self.runs / name.replace("/", "_").replace(":", "-"),
-                kind="evidence language",
-                loss=loss,
-                options={"job": self.name, "lr": lr, **options},
-                seed=seed,
-                data={"name": job["text"], "tokens": len(self.text.train)},
-            )
-            for split, value in found.items():
-                run.log(step=job["steps"], split=split, perplexity=value)
+        if run:
             run.finish(**{f"{split}_perplexity": value for split, value in found.items()})
         return {
             "job": self.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_cosine_schedule_with_warmup,
 )
+
+LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,12 @@ def train(
     warmup: float,
     weight_decay: float,
     seed: int,
+    log: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train in place on random windows; return seconds and the objective at the end."""
+    """Train in place on random windows; return time per step and the objective at the end.
+
+    `log` is told the objective of every `LOG_EVERY`th step.
+    """
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -95,6 +102,8 @@ def train(
         schedule.step()
         if step >= int(0.9 * steps):
             recent.append(value.item())
+        if log is not None and (step + 1) % LOG_EVERY == 0:
+            log(step + 1, value.item())
     return {"objective": sum(recent) / len(recent), "ms_per_step": 1000 * (clock() - start) / steps}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from rlo_core.linear_model import RootedLogisticRegression
 from rlo_core.linear_model.objective import Objective
 from rlo_core.linear_model.root import Root
+from rlo_core.runs import Run
 from runner import RESULTS, Results, data_folder, load_config
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.exceptions import ConvergenceWarning
@@ -27,6 +28,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
 from sklearn.preprocessing import StandardScaler
 
+LOGGED = 100
 SHIPPED = {"breast_cancer": load_breast_cancer, "wine": load_wine, "digits": load_digits}
 UCI = {
     "ionosphere": ["ionosphere.csv"],
@@ -106,8 +108,13 @@ def condition(model: RootedLogisticRegression, X: np.ndarray, y: np.ndarray) -> 
     }
 
 
-def path(config: dict[str, Any], parts: list[np.ndarray], k: float, form: Any) -> dict[str, Any]:
-    """Return iterations to 1e-4 of the optimum per solver, and conditioning along the way."""
+def path(
+    config: dict[str, Any], parts: list[np.ndarray], k: float, form: Any, run: Run | None
+) -> dict[str, Any]:
+    """Return iterations to 1e-4 of the optimum per solver, and conditioning along the way.
+
+    `run` is told the relative gap after each of the first `LOGGED` iterations.
+    """
     X, _, y, _ = parts
     C = config["path_C"]
 
@@ -122,8 +129,11 @@ def path(config: dict[str, Any], parts: list[np.ndarray], k: float, form: Any) -
     best = min(min(curve) for curve in [*curves.values(), optimum.loss_curve_])
     iterations = {}
     for solver, curve in curves.items():
-        near = np.flatnonzero((np.array(curve) - best) <= 1e-4 * (start - best))
+        gaps = (np.array(curve) - best) / (start - best)
+        near = np.flatnonzero(gaps <= 1e-4)
         iterations[solver] = int(near[0]) + 1 if near.size else None
+        for step, gap in enumerate(gaps[:LOGGED] if run else [], 1):
+            run.log(step=step, split=solver, relative_gap=float(gap))
     conditions = {str(i): condition(fit("lbfgs", i, 1e-6), X, y) for i in config["path_iterations"]}
     conditions["end"] = condition(optimum, X, y)
     return {"iterations": iterations, "conditions": conditions}
@@ -134,20 +144,49 @@ def _value_at_zero(model: RootedLogisticRegression, X: np.ndarray, y: np.ndarray
     return float(zero.derivatives(np.array([math.log(len(model.classes_))]))[0][0])
 
 
+def measure(
+    config: dict[str, Any],
+    table: str,
+    parts: list[np.ndarray],
+    model: tuple[str, float, Any],
+    seed: int,
+    runs: Path | None,
+) -> dict[str, Any]:
+    """Return everything that is measured of one model on one split of one table."""
+    label, k, form = model
+    name = {"convex": "rlo-convex", "bounded": "rlo"}[form]
+    run = runs and Run.create(
+        runs / f"{table}_{label.replace('/', '_')}_seed={seed}",
+        kind="evidence regression",
+        loss="ce" if math.isinf(k) else f"{name}:k={k:g}",
+        options={"table": table, "C": config["path_C"]},
+        seed=seed,
+        data={"name": table, "train": len(parts[0]), "test": len(parts[1])},
+    )
+    found = accuracy(config, parts, k, form, seed)
+    if seed < config["path_seeds_below"].get(table, math.inf):
+        found |= path(config, parts, k, form, run)
+    if run:
+        scores = {f"{p}_{key}": v for p in ("l2", "none") for key, v in found[p].items()}
+        counts = {f"iterations_{s}": n for s, n in found.get("iterations", {}).items()}
+        run.finish(**scores, **counts)
+    return {"table": table, "seed": seed, "model": label, **found}
+
+
 @click.command()
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", help="Folder with the UCI tables.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=RESULTS / "evidence_regression.jsonl"
 )
-def main(config_file: Path, data: str | None, out: Path) -> None:
+@click.option("--runs", type=click.Path(path_type=Path), help="Write run folders for `rlo report`.")
+def main(config_file: Path, data: str | None, out: Path, runs: Path | None) -> None:
     """Run what CONFIG_FILE lists and is not yet in the results."""
     warnings.simplefilter("ignore", ConvergenceWarning)  # counted in the records instead
     config = load_config(config_file)
     results = Results(out, config)
     models = [("lr", math.inf, "convex")]
     models += [(f"{form}/k={k}", float(k), form) for form in config["forms"] for k in config["k"]]
-    paths = config["path_seeds_below"]
     for table in config["tables"]:
         X, y = load_table(table, data)
         for seed in config["seeds"]:
@@ -156,16 +195,10 @@ def main(config_file: Path, data: str | None, out: Path) -> None:
             )
             scaler = StandardScaler().fit(parts[0])
             parts[0], parts[1] = scaler.transform(parts[0]), scaler.transform(parts[1])
-            for label, k, form in models:
+            for model in models:
                 results.measure(
-                    f"{table}/seed={seed}/{label}",
-                    lambda t=table, s=seed, n=label, p=parts, k=k, f=form: {
-                        "table": t,
-                        "seed": s,
-                        "model": n,
-                        **accuracy(config, p, k, f, s),
-                        **(path(config, p, k, f) if s < paths.get(t, math.inf) else {}),
-                    },
+                    f"{table}/seed={seed}/{model[0]}",
+                    lambda t=table, s=seed, m=model, p=parts: measure(config, t, p, m, s, runs),
                 )
 
 
