@@ -17,6 +17,7 @@ from rlo_gptq.checkpoint import write_weights
 from rlo_gptq.hf_quantizer import RLOGPTQConfig, module_table
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings
+from rlo_gptq.shards import ShardWriter
 from rlo_gptq.validation import CheckpointError
 from safetensors.torch import load_file, save_file
 
@@ -148,9 +149,9 @@ def test_a_large_model_is_sharded_by_block_with_an_index(quantized, tmp_path, mo
         save_file(chosen, parts[-1], metadata={"format": "pt"})
     out = tmp_path / "sharded"
     out.mkdir()
-    write_weights(parts, out)
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(quantized / name, out)
+    writer = ShardWriter(out)
+    write_weights(parts, writer)
+    writer.finish(json.loads((quantized / "config.json").read_text()), texts=quantized)
     assert (out / "model-00003-of-00003.safetensors").is_file()
     with torch.no_grad():
         assert torch.equal(rlo_gptq.load(out)(IDS).logits, rlo_gptq.load(quantized)(IDS).logits)

@@ -5,21 +5,20 @@ again.
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rlo_core.errors import RLOError
-from rlo_core.files import atomic_path, write_json, write_text
-from safetensors import safe_open
-from safetensors.torch import load_file
+from rlo_core.files import write_text
 
 from rlo_gptq.card import model_card
 from rlo_gptq.hf_quantizer import METHOD, VERSION, as_error, module_table
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import save_tensors
+from rlo_gptq.shards import COPIED as COPIED
+from rlo_gptq.shards import ShardWriter
 from rlo_gptq.validation import CheckpointError, check_folder, require
 
 if TYPE_CHECKING:
@@ -33,59 +32,32 @@ SINGLE_FILE_BYTES = 256 << 20
 """Up to this size the model is one file; above it every block is a shard, and nothing is
 gathered."""
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 def quantization_config(
-    layout: Layout, settings: LayerSettings, *, experts: bool
+    settings: LayerSettings,
+    *,
+    blocks: str,
+    modules: Mapping[str, list[int] | None],
+    experts: bool = False,
 ) -> dict[str, Any]:
-    """Return the `quantization_config` of config.json."""
+    """Return the `quantization_config` of config.json; see `RLOGPTQConfig` for the fields."""
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "settings": settings.to_dict(),
-        "blocks": layout.blocks,
-        "modules": module_table(layout.linears),
+        "blocks": blocks,
+        "modules": dict(modules),
         "split_experts": experts,
     }
 
 
-def write_weights(parts: list[Path], folder: Path) -> int:
-    """Write the tensors of `parts` as one safetensors file, or as one shard each with an index.
-
-    Returns:
-        Bytes of all weight files.
-    """
-    total = sum(part.stat().st_size for part in parts)
-    if total <= SINGLE_FILE_BYTES:
-        tensors: dict[str, torch.Tensor] = {}
-        for part in parts:
-            tensors.update(load_file(part))
-        save_tensors(folder / "model.safetensors", tensors)
-        return (folder / "model.safetensors").stat().st_size
-    weight_map, size = {}, 0
+def write_weights(parts: list[Path], writer: ShardWriter) -> None:
+    """Take the tensors of `parts` over as one safetensors file, or as a shard for each."""
+    if sum(part.stat().st_size for part in parts) <= SINGLE_FILE_BYTES:
+        writer.join(parts)
+        return
     for number, part in enumerate(parts, 1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        with atomic_path(folder / name) as temporary:
-            shutil.copyfile(part, temporary)
-        with safe_open(part, framework="pt") as stored:
-            weight_map.update(dict.fromkeys(stored.keys(), name))
-        size += part.stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
-    return size
+        writer.copy(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part)
 
 
 def write_checkpoint(
@@ -109,28 +81,27 @@ def write_checkpoint(
     """
     folder = work.folder
     parts = [work.part("rest")] + [work.part(f"block-{i:05d}") for i in range(layout.count)]
-    size = write_weights(parts, folder)
     experts = any(".experts." in f".{name}" for name in layout.names())
     config = json.loads(source.config.to_json_string())
     config.pop("_name_or_path", None)  # a path of this machine
-    config["quantization_config"] = quantization_config(layout, settings, experts=experts)
+    config["quantization_config"] = quantization_config(
+        settings, blocks=layout.blocks, modules=module_table(layout.linears), experts=experts
+    )
     config["architectures"] = [type(source.model).__name__]
     config["dtype"] = str(source.stored_dtype).removeprefix("torch.")
-    for name in COPIED:
-        if (source.folder / name).is_file():
-            with atomic_path(folder / name) as temporary:
-                shutil.copyfile(source.folder / name, temporary)
-    records = [r for part in parts for r in work.records(part.stem) if "layer" in r]
+    records = [r for part in parts for r in work.records(part.stem)]
+    writer = ShardWriter(folder)
+    write_weights(parts, writer)
     card = model_card(
         base=base,
         dataset=dataset,
         settings=settings,
-        size=size,
+        size=weight_bytes(folder),
         records=records,
         version=version("rlo-gptq"),
     )
     write_text(folder / "README.md", card)
-    write_json(folder / "config.json", config)
+    writer.finish(config, texts=source.folder)
     work.finish()
 
 
@@ -174,6 +145,11 @@ def load(
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder, sorted."""
     return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of all weight files of a model's folder."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:

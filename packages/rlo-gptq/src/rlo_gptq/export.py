@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +15,7 @@ from rlo_core.files import write_json
 from safetensors import safe_open
 from torch import Tensor
 
-from rlo_gptq.checkpoint import COPIED, read_quantization
+from rlo_gptq.checkpoint import read_quantization
 from rlo_gptq.formats import compressed
 from rlo_gptq.formats.gptq import (
     CheckpointFormat,
@@ -30,7 +28,7 @@ from rlo_gptq.grids import column_groups
 from rlo_gptq.hf_quantizer import METHOD, RLOGPTQConfig
 from rlo_gptq.packing import unpack_codes
 from rlo_gptq.quant_linear import symmetric_zero
-from rlo_gptq.source import save_tensors
+from rlo_gptq.shards import ShardWriter, new_folder, shard_names
 from rlo_gptq.validation import check_folder
 
 ExportFormat = Literal["gptq", "compressed-tensors"]
@@ -70,8 +68,6 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
     """
     if format not in EXPORT_FORMATS:
         raise FormatError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
-    if out.exists() and any(out.iterdir()):
-        raise FormatError(f"{str(out)!r} must be a new or empty folder; nothing is overwritten")
     if format == "compressed-tensors":
         compressed.check_library()
     check_folder(folder)
@@ -82,15 +78,8 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
         )
     checkpoint = _Checkpoint(folder, RLOGPTQConfig.from_dict(found))
     checkpoint.check()
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out, FormatError) as partial:
         exported = checkpoint.write(partial, format)
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(out, format, *exported)
 
 
@@ -128,11 +117,7 @@ class _Checkpoint:
 
     def shards(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the weight files' names and tensors."""
-        index = self.folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        for name in names:
+        for name in shard_names(self.folder):
             with safe_open(self.folder / name, framework="pt") as stored:
                 keys = list(stored.keys())
                 yield name, {key: stored.get_tensor(key) for key in keys}
@@ -164,8 +149,7 @@ class _Checkpoint:
         version_: CheckpointFormat | None = None
         if format == "gptq":
             version_ = "gptq" if symmetric else "gptq_v2"
-        weight_map: dict[str, str] = {}
-        size = layers = 0
+        writer, layers = ShardWriter(out), 0
         dtype = getattr(torch, str(self.model_config.get("dtype") or "float16"))
         for file, tensors in self.shards():
             names = _layers_in(tensors)
@@ -182,18 +166,13 @@ class _Checkpoint:
                     else compressed.pack_layer(name, layer, symmetric=symmetric, dtype=dtype)
                 )
                 new.update({f"{name}.{key}": tensor for key, tensor in packed.items()})
-            save_tensors(out / file, new)
-            weight_map.update(dict.fromkeys(new, file))
-            size += (out / file).stat().st_size
+            writer.add(file, new)
             layers += len(names)
-        if len(set(weight_map.values())) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(out / "model.safetensors.index.json", index)
-        self._write_config(out, version_, symmetric=symmetric)
-        for name in COPIED:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, out / name)
-        return version_, layers, size
+        quantization = self._quantization(version_, symmetric=symmetric)
+        if version_ is not None:  # for old readers
+            write_json(out / "quantize_config.json", quantization)
+        config = {**self.model_config, "quantization_config": quantization}
+        return version_, layers, writer.finish(config, texts=self.folder)
 
     def _all_symmetric(self) -> bool:
         if self.settings.sym:
@@ -204,28 +183,25 @@ class _Checkpoint:
             for name in _layers_in(tensors)
         )
 
-    def _write_config(
-        self, out: Path, version_: CheckpointFormat | None, *, symmetric: bool
-    ) -> None:
+    def _quantization(
+        self, version_: CheckpointFormat | None, *, symmetric: bool
+    ) -> dict[str, Any]:
         settings = self.settings
         skipped = self._skipped()
         group_size = settings.group_size if settings.group_size > 0 else -1
         if version_ is None:
-            quantization = compressed.quantization_config(
+            return compressed.quantization_config(
                 bits=settings.bits, group_size=group_size, symmetric=symmetric, ignore=skipped
             )
-        else:
-            quantization = gptq_config(
-                bits=settings.bits,
-                group_size=group_size,
-                symmetric=symmetric,
-                checkpoint_format=version_,
-                percdamp=settings.percdamp,
-                quantized=list(self.config.modules) if len(skipped) > 1 else None,
-                skipped=[name for name in skipped if name != "lm_head"],
-            )
-            write_json(out / "quantize_config.json", quantization)
-        write_json(out / "config.json", {**self.model_config, "quantization_config": quantization})
+        return gptq_config(
+            bits=settings.bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            checkpoint_format=version_,
+            percdamp=settings.percdamp,
+            quantized=list(self.config.modules) if len(skipped) > 1 else None,
+            skipped=[name for name in skipped if name != "lm_head"],
+        )
 
     def _skipped(self) -> list[str]:
         """Return the names of the linear layers that are not quantized, the head among them."""

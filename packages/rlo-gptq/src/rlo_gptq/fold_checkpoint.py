@@ -14,18 +14,8 @@ from rlo_core.files import write_json
 from torch import Tensor
 
 from rlo_gptq.fold import Fold, check_foldable, folded_config
-from rlo_gptq.source import ModelSource, release, save_tensors
-
-_TEXTS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "generation_config.json",
-    "*.model",
-    "*.jinja",
-)
+from rlo_gptq.shards import ShardWriter
+from rlo_gptq.source import ModelSource, release
 
 
 def fold_checkpoint(
@@ -98,22 +88,13 @@ def _write(
         inside = name.removeprefix(f"{fold.family.blocks}.")
         part = f"block-{int(inside.partition('.')[0]):05d}" if inside != name else name
         parts.setdefault(part, []).append(name)
-    out.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    total = 0
+    writer = ShardWriter(out)
     dtype = source.stored_dtype if isinstance(source.stored_dtype, torch.dtype) else torch.float32
     for part, members in parts.items():
         tensors = {name: fold.tensor(name).to(dtype) for name in members}
         release(source.model)
         file = f"model-{part.removesuffix('.weight').replace('.', '-')}.safetensors"
-        save_tensors(out / file, tensors)
-        weight_map.update(dict.fromkeys(members, file))
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        writer.add(file, tensors)
         if progress is not None:
-            progress(len(weight_map), len(fold.output_names))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(out / "model.safetensors.index.json", index)
-    write_json(out / "config.json", folded_config(source.config.to_dict()))
-    for pattern in _TEXTS:
-        for text in source.folder.glob(pattern):
-            shutil.copy2(text, out / text.name)
+            progress(len(writer.weight_map), len(fold.output_names))
+    writer.finish(folded_config(source.config.to_dict()), texts=source.folder)

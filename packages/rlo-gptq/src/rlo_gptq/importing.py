@@ -5,19 +5,16 @@ it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rlo_core.files import write_json
 from safetensors import safe_open
 from torch import Tensor
 
-from rlo_gptq.checkpoint import COPIED
+from rlo_gptq.checkpoint import quantization_config
 from rlo_gptq.export import linear_widths
 from rlo_gptq.formats.compressed import group_size_of
 from rlo_gptq.formats.gptq import (
@@ -28,10 +25,9 @@ from rlo_gptq.formats.gptq import (
     is_symmetric,
     unpack_layer,
 )
-from rlo_gptq.hf_quantizer import METHOD, VERSION
 from rlo_gptq.packing import pack_codes
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import save_tensors
+from rlo_gptq.shards import ShardWriter, new_folder, shard_names, tensor_names
 from rlo_gptq.validation import check_folder
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -59,21 +55,12 @@ def import_checkpoint(folder: Path, out: Path) -> Imported:
         FormatError: it is not a GPTQ checkpoint, or one of a form that ours cannot hold (act-order
             with groups that are not runs of columns); nothing is left behind.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FormatError(f"{str(out)!r} must be a new or empty folder; nothing is overwritten")
     check_folder(folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     found = _quantization(folder, config)
     bits, checkpoint_format = _read_bits(found)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out, FormatError) as partial:
         settings, layers = _write(folder, partial, config, bits, checkpoint_format)
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Imported(out, settings, layers)
 
 
@@ -104,7 +91,7 @@ def _read_bits(found: Mapping[str, Any]) -> tuple[int, CheckpointFormat]:
 def _write(
     folder: Path, out: Path, config: dict[str, Any], bits: int, checkpoint_format: CheckpointFormat
 ) -> tuple[LayerSettings, int]:
-    files = _files(folder)
+    files = {name: tensor_names(folder / name) for name in shard_names(folder)}
     where = {name: file for file, names in files.items() for name in names}
     layers = sorted(name.removesuffix(".qweight") for name in where if name.endswith(".qweight"))
     if not layers:
@@ -136,8 +123,7 @@ def _write(
     settings = LayerSettings(
         bits=bits, method="gptq", group_size=sizes.pop(), sym=sym, integer_zero=True
     )
-    weight_map: dict[str, str] = {}
-    size = 0
+    writer = ShardWriter(out)
     for file, names in files.items():
         new: dict[str, Tensor] = {}
         for name in names:
@@ -146,43 +132,10 @@ def _write(
                 new[name] = read(name)
             elif part == "qweight":
                 new.update(_packed(owner, layer_of(owner), settings))
-        save_tensors(out / file, new)
-        weight_map.update(dict.fromkeys(new, file))
-        size += (out / file).stat().st_size
-    if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(out / "model.safetensors.index.json", index)
-    elif set(files) != {"model.safetensors"}:  # auto-gptq's gptq_model-4bit-128g.safetensors
-        (out / next(iter(files))).replace(out / "model.safetensors")
-    quantization = {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "settings": settings.to_dict(),
-        "blocks": blocks,
-        "modules": modules,
-        "split_experts": False,
-    }
-    write_json(out / "config.json", {**config, "quantization_config": quantization})
-    for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+        writer.add(file, new)
+    quantization = quantization_config(settings, blocks=blocks, modules=modules)
+    writer.finish({**config, "quantization_config": quantization}, texts=folder)
     return settings, len(layers)
-
-
-def _files(folder: Path) -> dict[str, list[str]]:
-    """Return the names of the tensors in each weight file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise FormatError(f"{str(folder)!r} has no safetensors file")
-    files = {}
-    for name in names:
-        with safe_open(folder / name, framework="pt") as stored:
-            files[name] = sorted(stored.keys())
-    return files
 
 
 def _packed(name: str, layer: GridLayer, settings: LayerSettings) -> dict[str, Tensor]:
