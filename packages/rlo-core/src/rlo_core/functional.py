@@ -79,24 +79,40 @@ def apply_link(ce: Tensor, link: Link) -> Tensor:
     return applied
 
 
-class _HalfCrossEntropy(torch.autograd.Function):
-    """Per-sample cross entropy of half-precision logits (classes last), computed in float32.
+class _CrossEntropy(torch.autograd.Function):
+    """Per-sample cross entropy, classes last, every label valid; for torch.compile.
 
-    Keeps the logits as they are instead of float32 log-probabilities: the peak is no higher than
-    that of torch's own half-precision cross entropy, and the value keeps float32's digits.
+    Keeps the logits instead of float32 log-probabilities, and its gradient p - y is one pass over
+    them, where that of log_softmax and nll_loss first sums a row of zeros with one entry.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor) -> Tensor:
-        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        log_p = F.log_softmax(logits, dim=-1, dtype=_wide(logits))
         return -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        p = F.softmax(logits, dim=-1, dtype=_wide(logits))
+        # A comparison, which inductor fuses; a scatter would make it hold all of p in float32.
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        one_hot = (classes == target.unsqueeze(-1)).to(p.dtype)
+        return ((p - one_hot) * grad.unsqueeze(-1)).to(logits.dtype), None
+
+
+class _HalfCrossEntropy(_CrossEntropy):
+    """The same, eager, for half-precision logits: the value keeps float32's digits.
+
+    The peak is no higher than that of torch's own half-precision cross entropy.
+    """
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -108,16 +124,16 @@ class _HalfCrossEntropy(torch.autograd.Function):
             return (p.scatter_add(-1, index, minus_one) * grad.unsqueeze(-1)).to(logits.dtype), None
         return p.scatter_add_(-1, index, minus_one).mul_(grad.unsqueeze(-1)).to(logits.dtype), None
 
-
-class _HalfCrossEntropyEager(_HalfCrossEntropy):
-    """The same with a forward-mode derivative, which torch.compile cannot trace."""
-
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # torch.compile cannot trace one
         logits, target = ctx.saved_tensors
         tangent = tangent.float()
         mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
         return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def link_cross_entropy(
@@ -193,10 +209,10 @@ def _hard(
         log_p = F.log_softmax(logits, class_dim, dtype=torch.float32 if half else None)
         safe = target.masked_fill(~kept, 0)
         ce = -log_p.gather(class_dim, safe.unsqueeze(class_dim)).squeeze(class_dim)
-    elif half:
+    elif half or torch.compiler.is_compiling():
         safe = target.masked_fill(~kept, 0)
-        function = _HalfCrossEntropy if torch.compiler.is_compiling() else _HalfCrossEntropyEager
-        ce = function.apply(logits.movedim(class_dim, -1), safe)
+        function = _CrossEntropy if torch.compiler.is_compiling() else _HalfCrossEntropy
+        ce = function.apply(logits.movedim(class_dim, -1), safe).masked_fill(~kept, 0.0)
     else:
         safe = target if weight is None else target.masked_fill(~kept, 0)
         ce = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
@@ -209,7 +225,8 @@ def _hard(
         spread = apply_link(-log_p, link).movedim(class_dim, -1)
         spread = spread.mean(-1) if weight is None else (spread * weight).mean(-1)
         loss = loss * (1.0 - smoothing) + spread * smoothing
-    loss = loss.masked_fill(~kept, 0.0)
+    if smoothing > 0.0:  # elsewhere ce is 0 there, and a link of 0 is 0
+        loss = loss.masked_fill(~kept, 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
