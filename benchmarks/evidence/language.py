@@ -68,7 +68,8 @@ class Job:
         return self.models / f"{self.name}_{spec}_lr{lr:g}_seed{seed}.safetensors"
 
     def perplexities(self, model: Any) -> dict[str, float]:
-        settings = {"context": self.job["context"], "limit": self.config["eval_tokens"]}
+        limit = self.job.get("eval_tokens", self.config["eval_tokens"])
+        settings = {"context": self.job["context"], "limit": limit}
         found = {
             "train": measure(model, self.text.train, **settings),
             "validation": measure(model, self.text.validation, **settings),

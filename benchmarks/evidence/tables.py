@@ -191,6 +191,21 @@ def language(job: str) -> str:
             values = [r["perplexity"][split] for r in cell if split in r["perplexity"]]
             row.append(spread(values, 2) if values else "")
         rows.append(row)
+    used = [i for i in range(len(rows[0])) if i < 3 or any(row[i] for row in rows[1:])]
+    return markdown([[row[i] for i in used] for row in rows])
+
+
+def language_smollm2() -> str:
+    """A row per loss: the hf benchmark's finetuning of SmolLM2-135M, one learning rate for all."""
+    path = RESULTS / "hf_finetune_smollm2.jsonl"
+    found = [r for r in load_results(path)[1] if "perplexity_after" in r] if path.exists() else []
+    rows = [["loss", "seeds", "before", "held out"]]
+    for loss in dict.fromkeys(r["loss"] for r in found):
+        cell = [r for r in found if r["loss"] == loss]
+        before, after = (
+            spread((r[f"perplexity_{when}"] for r in cell), 2) for when in ("before", "after")
+        )
+        rows.append([f"`{loss}`", str(len(cell)), before, after])
     return markdown(rows)
 
 
@@ -269,6 +284,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-finetune": lambda: language("finetune-stories260k"),
     "language-llama": lambda: language("scratch-llama"),
     "language-opt": lambda: language("scratch-opt"),
+    "language-wikitext": lambda: language("scratch-llama-wikitext"),
+    "language-smollm2": language_smollm2,
     "quantization-summary": quantization_summary,
     "quantization": quantization,
 }
