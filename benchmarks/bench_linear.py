@@ -10,6 +10,7 @@ process time on one thread, and memory is the growth of the peak resident set in
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from harness import compare, peak_memory, write_results
+from harness import RESULTS, compare, peak_memory, write_results
 from rlo_core import CE, Link, Rooted, link_cross_entropy, link_linear_cross_entropy
 from torch import Tensor
 
@@ -238,6 +239,13 @@ def bench(case: Case, *, memory: bool = True, only: tuple[str, ...] = ()) -> lis
     return records
 
 
+def other_records(benchmark: str, case: Case) -> list[dict[str, Any]]:
+    """Return what the results file has of the other cases."""
+    path = RESULTS / f"{benchmark}.jsonl"
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["name"] != case.name]
+
+
 @click.command()
 @click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="Repeatable.")
 @click.option("--only", multiple=True, help="A candidate beside baseline and floor; repeatable.")
@@ -257,13 +265,12 @@ def main(
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     chosen = [CASES[name] for name in names] or [*CPU_CASES, *(CUDA_CASES if cuda else ())]
-    records = []
     for case in chosen:
         if rounds is not None:
             case = Case(**{**asdict(case), "rounds": rounds})
-        records += bench(case, memory=memory, only=only)
+        records = bench(case, memory=memory, only=only)
         if write:  # after every case: a long run that is cut short keeps its start
-            write_results(name, records)
+            write_results(name, [*other_records(name, case), *records])
 
 
 if __name__ == "__main__":

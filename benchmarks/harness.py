@@ -88,16 +88,30 @@ def peak_memory(code: str) -> int:
     """
     before, _, after = code.partition("# measure\n")
     program = (
-        before
-        + "\nimport resource as _r; _b = _r.getrusage(_r.RUSAGE_SELF).ru_maxrss\n"
+        f"import sys as _s; _s.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from harness import peak_resident as _peak\n"
+        + before
+        + "\n_b = _peak()\n"
         + after
-        + "\nprint('PEAK', _r.getrusage(_r.RUSAGE_SELF).ru_maxrss - _b)\n"
+        + "\nprint('PEAK', _peak() - _b)\n"
     )
     output = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout
-    kibibytes = int(output.rsplit("PEAK", 1)[1])
-    return kibibytes * 1024
+    return int(output.rsplit("PEAK", 1)[1])
+
+
+def peak_resident() -> int:
+    """Return the peak resident memory of this process, in bytes.
+
+    Linux keeps it by address space, which a new program starts afresh; `ru_maxrss`, the fallback,
+    begins with what the parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_results(benchmark: str, records: list[dict[str, Any]]) -> Path:
