@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -339,7 +340,17 @@ def arguments(tmp_path: Any, **more: Any) -> transformers.TrainingArguments:
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
     }
-    return transformers.TrainingArguments(**{**options, **more})
+    return arguments_of(transformers.TrainingArguments, {**options, **more})
+
+
+def arguments_of(kind: Any, options: dict[str, Any]) -> Any:
+    """Return the arguments, in the names of the installed version (5.23 renamed some)."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    renamed = {
+        name if name in known else name.replace("activation_", "gradient_"): value
+        for name, value in options.items()
+    }
+    return kind(**renamed)
 
 
 def update_of(
@@ -374,6 +385,7 @@ def hf() -> SimpleNamespace:
         V=V,
         GrabGradients=GrabGradients,
         arguments=arguments,
+        arguments_of=arguments_of,
         build=build,
         collate=collate,
         examples=examples,

@@ -27,7 +27,7 @@ def test_an_update_has_the_gradient_of_the_one_mean_over_all_labels(
         tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
     )
     got = hf.update_of(Trainer, hf.build(name), rows, args, loss="rlo:k=5", linear="off")
-    assert hf.relative_error(got, hf.expected_gradient(name, rows, 5.0)) < 2e-6
+    assert hf.relative_error(got, hf.expected_gradient(name, rows, 5.0)) < 3e-6
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -25,7 +25,9 @@ def tokenizer():
     )
 
 
-def sft(tmp_path, hf, tokenizer, rows, *, trainer_type=None, loss="rlo:k=5", **more):
+def sft(
+    tmp_path, hf, tokenizer, rows, *, trainer_type=None, loss="rlo:k=5", peft_config=None, **more
+):
     from rlo_hf.trl import SFTTrainer
 
     options = {
@@ -49,7 +51,7 @@ def sft(tmp_path, hf, tokenizer, rows, *, trainer_type=None, loss="rlo:k=5", **m
         "train_sampling_strategy",
         "dataloader_pin_memory",
     )
-    args = trl.SFTConfig(**{**{key: base[key] for key in keep}, **options, **more})
+    args = hf.arguments_of(trl.SFTConfig, {**{key: base[key] for key in keep}, **options, **more})
     grab = hf.GrabGradients()
     given = {} if trainer_type is trl.SFTTrainer else {"loss": loss}
     trainer = (trainer_type or SFTTrainer)(
@@ -59,6 +61,7 @@ def sft(tmp_path, hf, tokenizer, rows, *, trainer_type=None, loss="rlo:k=5", **m
         eval_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[grab],
+        peft_config=peft_config,
         **given,
     )
     return trainer, grab
@@ -158,24 +161,8 @@ def test_metrics_are_trls_and_evaluation_is_cross_entropy(tmp_path, hf, tokenize
 
 def test_adapters_are_trained(tmp_path, hf, tokenizer):
     peft = pytest.importorskip("peft")
-    from rlo_hf.trl import SFTTrainer
-
-    trainer = SFTTrainer(
-        model=hf.build("llama"),
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            max_steps=1,
-            report_to=[],
-            save_strategy="no",
-            activation_checkpointing=False,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=datasets.Dataset.from_list(tokens(hf)),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer, _ = sft(tmp_path, hf, tokenizer, tokens(hf), peft_config=config)
     before = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora_B" in n}
     trainer.train()
     assert all(

@@ -109,6 +109,14 @@ def split_loss(arguments: tuple[str, ...]) -> tuple[str, list[str]]:
 @_option("--text-column", help="The text column of a table.")
 @_option("--lora", type=int, is_flag=False, flag_value=8, default=0, metavar="[RANK]")
 @_option("--lora-alpha", type=int, help="Scale of the adapters.  [default: twice the rank]")
+@_option(
+    "--lora-init",
+    type=click.Choice(["default", "loftq"]),
+    default="default",
+    show_default=True,
+    help="loftq: adapters of a quantized model begin at its error; needs --original.",
+)
+@_option("--original", metavar="MODEL", help="The model that was quantized, for --lora-init loftq.")
 @_option("--merge", is_flag=True, help="Save the model with its adapters merged in.")
 @_option("--gradient-checkpointing", is_flag=True)
 @_option(

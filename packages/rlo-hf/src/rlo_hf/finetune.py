@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlo_hf.blocks import blocks_of, token_ids
 from rlo_hf.finetune_options import FinetuneOptions
-from rlo_hf.models import ModelError, load_model, load_tokenizer
+from rlo_hf.models import ModelError, begin_at_error, load_model, load_tokenizer
 from rlo_hf.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
@@ -62,6 +62,7 @@ def finetune(
         RLOError: on a model, data set, loss or run folder that is not as it must be.
     """
     create_loss(options.loss)  # an unknown loss is said before anything is loaded
+    _check_lora(options)
     out = Path(options.out)
     if resume:
         _check_same(out, options)
@@ -69,6 +70,12 @@ def finetune(
     train, held = _texts(options, eval_only=eval_only)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     model = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    if merge and getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"model {options.model!r} is quantized, so that adapters cannot be added to its "
+            "weights; leave --merge out, and keep the adapter beside it or use the quantizer's "
+            "merge (rlo-gptq merge ADAPTER DATASET --save DIR)"
+        )
     model.to(_device())
     rows = [] if train is None else _rows(train, tokenizer, options)
     eval_ids = token_ids(held, tokenizer)
@@ -201,9 +208,22 @@ def _adapters(model: Any, options: FinetuneOptions) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"peft cannot put adapters on {options.model!r}: {error}") from error
+    if options.lora_init == "loftq":
+        begin_at_error(adapted, options.model, options.original or "")
+    return adapted
+
+
+def _check_lora(options: FinetuneOptions) -> None:
+    if options.lora_init not in ("default", "loftq"):
+        raise RLOError(f"lora_init must be default or loftq, got {options.lora_init!r}")
+    if options.lora_init == "default":
+        if options.original is not None:
+            raise RLOError("--original needs --lora-init loftq")
+    elif not options.lora or options.original is None:
+        raise RLOError("--lora-init loftq needs --lora and --original MODEL")
 
 
 def _precision(options: FinetuneOptions) -> str:

@@ -34,6 +34,8 @@ class FinetuneOptions:
         text_column: The text column of a table.
         lora: Rank of LoRA adapters on every linear layer; 0 trains all weights.
         lora_alpha: Their scale; None is twice the rank.
+        lora_init: How they begin: "default" adds nothing, "loftq" corrects the quantization error.
+        original: For "loftq", the model that was quantized.
         gradient_checkpointing: Recompute activations.
         linear: See `rlo_hf.trainer.Trainer`.
         trust_remote_code: Run code that comes with the model.
@@ -62,6 +64,8 @@ class FinetuneOptions:
     text_column: str | None = None
     lora: int = 0
     lora_alpha: int | None = None
+    lora_init: Literal["default", "loftq"] = "default"
+    original: str | None = None
     gradient_checkpointing: bool = False
     linear: Literal["auto", "fused", "off"] = "auto"
     trust_remote_code: bool = False

@@ -4,6 +4,10 @@ A package that saves models in a form of its own adds a loader with an entry poi
 `rlo_core.model_loaders`, named as the `quant_method` in the model's config.json:
 
     loader(folder: str) -> transformers model
+
+and, in the group `rlo_core.adapter_initializers`, what begins adapters at the quantization error:
+
+    initializer(peft_model, original: str) -> object
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 from rlo_core.errors import PluginError, RLOError
 
 LOADER_GROUP = "rlo_core.model_loaders"
+INITIALIZER_GROUP = "rlo_core.adapter_initializers"
 
 
 class ModelError(RLOError):
@@ -57,6 +62,32 @@ def load_model(model: str, *, dtype: Any = None, trust_remote_code: bool = False
     if gguf is not None:
         _unmark(loaded)
     return loaded.eval()
+
+
+def begin_at_error(model: Any, name: str, original: str) -> None:
+    """Set a quantized model's untrained LoRA adapters to correct its error, as LoftQ does.
+
+    Args:
+        model: From `peft.get_peft_model`.
+        name: What `load_model` was given, for an error.
+        original: The model that was quantized.
+
+    Raises:
+        ModelError: the model is not quantized in a form that can tell its error.
+    """
+    config = getattr(model.get_base_model().config, "quantization_config", None)
+    found = config.get("quant_method") if isinstance(config, dict) else config
+    method = getattr(found, "quant_method", found)
+    entries = entry_points(group=INITIALIZER_GROUP)
+    for entry in entries:
+        if entry.name == method:
+            entry.load()(model, original)
+            return
+    known = ", ".join(sorted(entry.name for entry in entries)) or "none"
+    raise ModelError(
+        f"--lora-init loftq needs a model quantized by one of: {known}; {name!r} is "
+        + ("not quantized" if method is None else f"quantized by {str(method)!r}")
+    )
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
