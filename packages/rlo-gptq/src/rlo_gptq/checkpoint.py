@@ -89,7 +89,7 @@ def write_checkpoint(
     )
     config["architectures"] = [type(source.model).__name__]
     config["dtype"] = str(source.stored_dtype).removeprefix("torch.")
-    records = [r for part in parts for r in work.records(part.stem)]
+    records = [r for part in parts for r in work.records(part.stem) if "layer" in r]
     writer = ShardWriter(folder)
     write_weights(parts, writer)
     card = model_card(
