@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["load", "loftq_init"]
 
 register_when_needed()
 
@@ -35,3 +36,10 @@ def load(
     return load_checkpoint(
         folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
+
+
+def loftq_init(model: nn.Module, original: str | Path) -> dict[str, float]:
+    """Begin a peft model's adapters at the quantization error; see `rlo_gptq.loftq.loftq_init`."""
+    from rlo_gptq.loftq import loftq_init as init
+
+    return init(model, original)

@@ -10,6 +10,7 @@ from rlo_core.cli import FriendlyGroup
 from rlo_gptq import __version__
 from rlo_gptq.cli_evaluate import compare, evaluate, inspect
 from rlo_gptq.cli_formats import export, import_
+from rlo_gptq.cli_merge import merge
 from rlo_gptq.cli_quantize import quantize
 
 
@@ -21,5 +22,5 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-for command in (quantize, evaluate, inspect, compare, export, import_):
+for command in (quantize, evaluate, inspect, compare, export, import_, merge):
     main.add_command(command)

@@ -385,7 +385,12 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
 
 
 def run_quantization(
-    options: Options, folder: Path, *, device: str = "auto", progress: bool | None = None
+    options: Options,
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: bool | None = None,
+    base: str | None = None,
 ) -> dict[str, Any] | None:
     """Quantize, with a run's files and a report beside the checkpoint.
 
@@ -394,6 +399,7 @@ def run_quantization(
         folder: The checkpoint's folder.
         device: "auto", "cpu", "cuda", ...
         progress: Show progress on stderr; by default if it is a terminal.
+        base: The original model's name for the model card, if not that in `options`.
 
     Returns:
         The summary; None in all processes but the first.
@@ -419,7 +425,7 @@ def run_quantization(
             if work.done:
                 return
             layer = options.layer.to_dict()
-            named = {"model": options.model, "dataset": options.dataset}
+            named = {"model": base or options.model, "dataset": options.dataset}
             runs.append(
                 Run.create(
                     folder,
@@ -442,7 +448,7 @@ def run_quantization(
                     source,
                     layout,
                     options.layer,
-                    base=options.model,
+                    base=base or options.model,
                     dataset=options.dataset,
                 ),
             )

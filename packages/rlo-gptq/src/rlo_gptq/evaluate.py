@@ -17,6 +17,7 @@ from rlo_core.text import load_text
 from rlo_gptq.calibrate import token_ids
 from rlo_gptq.checkpoint import load, read_quantization, weight_files
 from rlo_gptq.hf_quantizer import METHOD
+from rlo_gptq.merge import ADAPTER_FILE, adapter_base, load_adapted
 from rlo_gptq.processes import pick_device
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.source import find_model
@@ -35,16 +36,20 @@ class EvaluationError(RLOError):
 def open_model(
     name: str, *, device: str = "auto", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Load a model, ours or an ordinary one, its tokenizer, and say where it is.
+    """Load a model, ours or an ordinary one or an adapter of ours, its tokenizer, and its folder.
 
     Raises:
         RLOError: it cannot be found or read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = find_model(name)
     kind: torch.dtype = getattr(torch, dtype)
     place = {"": pick_device(device)}
+    if (Path(name) / ADAPTER_FILE).is_file():
+        adapter = Path(name)
+        adapted: Any = load_adapted(adapter, dtype=kind, device_map=place)
+        return adapted, AutoTokenizer.from_pretrained(adapter_base(adapter)), adapter
+    folder = find_model(name)
     if read_quantization(folder).get("quant_method") == METHOD:
         model = load(folder, dtype=kind, device_map=place)
     else:

@@ -46,22 +46,33 @@ def run(script: str, arguments: tuple[str, ...]) -> None:
     """Run a training script unchanged, with a rooted loss.
 
     `rlo-hf run run_clm.py ARGS... --loss SPEC` runs SCRIPT as `python SCRIPT ARGS...` does, its
-    Trainer (or, without one, its models) given the loss. Also --loss=SPEC; without it the loss is
-    rlo:k=5,m=5. --help goes to the script.
+    Trainer (or, without one, its models) given the loss. Also --loss=SPEC; without it the script
+    runs as it is. --help goes to the script.
     """
+    loss, rest = split_loss(arguments)
+    if loss is None:
+        from rlo_core.launch import run_script
+
+        click.echo(f"no --loss SPEC given: {script} runs with its own loss", err=True)
+        run_script(script, rest)
+        return
     from rlo_hf.script import run_with_loss
 
-    loss, rest = split_loss(arguments)
     run_with_loss(script, rest, loss)
 
 
-def split_loss(arguments: tuple[str, ...]) -> tuple[str, list[str]]:
+def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """Take `--loss SPEC` out of a script's arguments; the last one counts, as in argparse.
+
+    Returns:
+        The spec, None where there is none, and the other arguments.
 
     Raises:
         click.UsageError: `--loss` without a spec.
     """
-    loss, rest, words = "rlo:k=5,m=5", [], list(arguments)
+    loss: str | None = None
+    rest: list[str] = []
+    words = list(arguments)
     while words:
         word = words.pop(0)
         if word == "--":

@@ -1,0 +1,112 @@
+"""`rlo-gptq merge`: a finetuned adapter into a packed model of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rlo_gptq.cli_quantize import run_quantization
+
+
+@click.command("merge")
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("dataset")
+@click.option(
+    "--save",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The new checkpoint's folder; the same command goes on where it was stopped.",
+)
+@click.option("--nsamples", type=click.IntRange(min=1), help="Calibration sequences.")
+@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of a calibration sequence.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
+@click.option("--tune/--no-tune", default=None, help="As in quantize; by default as it was there.")
+@click.option("--offload", is_flag=True, help="Keep activations in a file.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def merge(
+    adapter: Path,
+    dataset: str,
+    folder: Path,
+    nsamples: int | None,
+    seqlen: int | None,
+    split: str | None,
+    tune: bool | None,
+    offload: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTER, trained on one of our models, and pack the sum again, calibrated on DATASET.
+
+    Settings are those the model was quantized with. No grid holds What + BA exactly, so that the
+    merged model is less exact than model and adapter side by side.
+    """
+    document = merge_adapter(
+        adapter,
+        dataset,
+        folder,
+        changes={"nsamples": nsamples, "seqlen": seqlen, "split": split},
+        tune=tune,
+        offload=offload,
+        device=device,
+    )
+    if document is None:  # not the first process
+        return
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(
+        f"{document['layers']} layers packed again, mean proxy loss {document['mean_proxy']:.4g} "
+        f"to the merged weights, {document['bytes'] / 1e6:.1f} MB: {folder}"
+    )
+
+
+def merge_adapter(
+    adapter: Path,
+    dataset: str,
+    folder: Path,
+    *,
+    changes: dict[str, Any],
+    tune: bool | None = None,
+    offload: bool = False,
+    device: str = "auto",
+) -> dict[str, Any] | None:
+    """Merge an adapter and pack the sum again.
+
+    Args:
+        adapter: The adapter's folder.
+        dataset: For calibration.
+        folder: Of the new checkpoint.
+        changes: Calibration options other than those the model was quantized with; None keeps one.
+        tune: Finetune blocks; None does as was done.
+        offload: Keep activations in a file.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        The summary, as that of `run_quantization`.
+
+    Raises:
+        RLOError: the adapter, its base, the data or the folder is refused.
+    """
+    import shutil
+    from dataclasses import replace
+
+    from rlo_gptq.merge import adapter_base, quantize_options, write_merged
+    from rlo_gptq.processes import join_processes
+
+    options = quantize_options(adapter_base(adapter), dataset, changes=changes, tune=tune)
+    with join_processes(device) as processes:
+        dense = folder.with_name(f".{folder.name}.merged")
+        if processes.first:
+            write_merged(adapter, dense)
+        processes.wait()
+        options = replace(options, model=str(dense), offload=offload)
+        document = run_quantization(options, folder, device=device, base=adapter.name)
+        processes.wait()
+        if processes.first:
+            shutil.rmtree(dense, ignore_errors=True)
+    return document
