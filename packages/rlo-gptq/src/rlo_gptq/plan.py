@@ -13,6 +13,7 @@ from torch import nn
 from rlo_gptq.models import Layout, find_layout, split_all_experts
 from rlo_gptq.packing import packed_words
 from rlo_gptq.quant_linear import groups_of
+from rlo_gptq.rounding.methods import rounding_bytes
 
 if TYPE_CHECKING:
     from rlo_gptq.pipeline import Options
@@ -50,7 +51,8 @@ def discover(source: ModelSource, options: Options) -> Plan:
     text = source.config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or LONGEST_DEFAULT
     seqlen = options.seqlen or min(longest, LONGEST_DEFAULT)
-    item = getattr(torch, options.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    item = dtype.itemsize
     blocks = list(skeleton.get_submodule(layout.blocks).children())
     block_bytes = max(sum(p.numel() for p in block.parameters()) * item for block in blocks)
     shapes = [
@@ -70,6 +72,14 @@ def discover(source: ModelSource, options: Options) -> Plan:
     width = text.hidden_size
     activations = options.nsamples * seqlen * width * item
     largest = max(d for _, d in shapes)
+    outside = total - sum(p.numel() for block in blocks for p in block.parameters())
+    # What is outside of the blocks is in memory by itself, once as it is run and once as stored.
+    stored_as = source.stored_dtype
+    saving = outside * (item + (0 if stored_as == dtype else stored_as.itemsize))
+    # Two sums of (d, d) while calibrating, and what a block makes of one sequence.
+    calibrating = 8 * largest * largest + seqlen * (4 * width + 3 * largest) * item
+    on_gpu = source.device.type == "cuda"
+    rounded = max(rounding_bytes(m, d, options.layer, cuda=on_gpu) for m, d in shapes)
     tokens = options.nsamples * seqlen
     # Forward: about 2.5 passes of a block in true-sequential order, one more for its output.
     forward = 2 * tokens * quantized * 3.5
@@ -78,7 +88,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     kind = source.device.type
     speed = _FLOPS.get(kind, _FLOPS["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
     kept = activations * (not options.offload)
-    peak = block_bytes + kept + 5 * 4 * largest * largest
+    peak = max(saving, kept + max(outside * item, block_bytes + max(calibrating, rounded)))
     if options.tune is not None:
         # Held: the dense outputs; codes as floats, dense weights and their gradients, in float32.
         tuned = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -98,6 +108,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
             "block_bytes": block_bytes,
             "activation_bytes": activations,
             "largest_hessian_bytes": 4 * largest * largest,
+            "rounding_bytes": rounded,
             "peak_memory_bytes": peak,
             "available_memory_bytes": _available(source.device),
             "estimated_seconds": round((forward + hessians + rounding) / speed, 1),

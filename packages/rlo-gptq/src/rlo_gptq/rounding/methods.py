@@ -96,6 +96,18 @@ def round_in_parts(
     return Rounded(codes, _joined(grids))
 
 
+def rounding_bytes(m: int, d: int, settings: LayerSettings, *, cuda: bool = False) -> int:
+    """Return the memory that rounding a weight (m, d) takes at most, besides the weight itself.
+
+    Of (d, d) there are the Hessian, its rotated and damped form, and the factor: three; without
+    feedback two; the bounded feedback of `ldlbal_admm` is solved for with eight. Of (d, outputs)
+    there are six: targets, codes, values, gradient, and two while scales are fitted.
+    """
+    squares = {"nearest": 2, "allbal": 2, "ldlbal_admm": 8}.get(settings.method, 3)
+    outputs = m if _indivisible(settings) else min(m, OUTPUTS[cuda])
+    return 4 * (squares * d * d + 6 * d * outputs)
+
+
 def _indivisible(settings: LayerSettings) -> bool:
     """Whether outputs share something: a scale, a trellis, or the numbers of one random stream."""
     return settings.group_size == 0 or settings.grid == "trellis" or settings.unbiased
