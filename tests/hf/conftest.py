@@ -1,11 +1,11 @@
-"""Tiny models of every kind, built from configurations, and the oracle of one update."""
+"""The batches, arguments and oracle of one update, for the tests of this folder."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable
-from types import SimpleNamespace
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,207 +13,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-V = 37
-BUILDERS: dict[str, Callable[[], nn.Module]] = {}
+
+def _sibling(name: str) -> ModuleType:
+    """Import a file of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def builder(function: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    BUILDERS[function.__name__] = function
-    return function
-
-
-@builder
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-@builder
-def opt() -> nn.Module:
-    config = transformers.OPTConfig(
-        vocab_size=V,
-        hidden_size=16,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        word_embed_proj_dim=16,
-    )
-    return transformers.OPTForCausalLM(config)
-
-
-def _llama_like(config_type: Any, model_type: Any, **more: Any) -> nn.Module:
-    config = config_type(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-        **more,
-    )
-    return model_type(config)
-
-
-@builder
-def llama() -> nn.Module:
-    return _llama_like(transformers.LlamaConfig, transformers.LlamaForCausalLM)
-
-
-@builder
-def qwen2() -> nn.Module:
-    return _llama_like(transformers.Qwen2Config, transformers.Qwen2ForCausalLM)
-
-
-@builder
-def gemma2() -> nn.Module:
-    return _llama_like(
-        transformers.Gemma2Config,
-        transformers.Gemma2ForCausalLM,
-        head_dim=8,
-        final_logit_softcapping=3.0,
-    )
-
-
-@builder
-def cohere() -> nn.Module:
-    return _llama_like(transformers.CohereConfig, transformers.CohereForCausalLM, logit_scale=0.25)
-
-
-@builder
-def granite() -> nn.Module:
-    return _llama_like(
-        transformers.GraniteConfig, transformers.GraniteForCausalLM, logits_scaling=8.0
-    )
-
-
-@builder
-def mixtral() -> nn.Module:
-    return _llama_like(
-        transformers.MixtralConfig,
-        transformers.MixtralForCausalLM,
-        num_local_experts=4,
-        output_router_logits=True,
-        router_aux_loss_coef=0.1,
-    )
-
-
-@builder
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=V,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-@builder
-def bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=V,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-    )
-    return transformers.BartForConditionalGeneration(config)
-
-
-def _bert(model_type: Any, **more: Any) -> nn.Module:
-    config = transformers.BertConfig(
-        vocab_size=V,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        **more,
-    )
-    return model_type(config)
-
-
-@builder
-def bert_mlm() -> nn.Module:
-    return _bert(transformers.BertForMaskedLM)
-
-
-@builder
-def bert_token() -> nn.Module:
-    return _bert(transformers.BertForTokenClassification, num_labels=5)
-
-
-@builder
-def bert_sequence() -> nn.Module:
-    return _bert(transformers.BertForSequenceClassification, num_labels=5)
-
-
-@builder
-def bert_multi_label() -> nn.Module:
-    return _bert(
-        transformers.BertForSequenceClassification,
-        num_labels=5,
-        problem_type="multi_label_classification",
-    )
-
-
-@builder
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=5,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-CAUSAL = ("gpt2", "opt", "llama", "qwen2", "gemma2", "cohere", "granite")
-SEQ2SEQ = ("t5", "bart")
-POOLED = ("bert_sequence", "bert_multi_label", "vit")
-ALL = (*CAUSAL, *SEQ2SEQ, "bert_mlm", "bert_token", *POOLED)
-
-
-def build(name: str) -> nn.Module:
-    """Return the model with weights large enough that losses differ, and without dropout."""
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = BUILDERS[name]()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for attribute in ("dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-    return model
+tiny = _sibling("tiny_models")
+V, CAUSAL, SEQ2SEQ, build = tiny.V, tiny.CAUSAL, tiny.SEQ2SEQ, tiny.build
 
 
 def examples(name: str, count: int = 8, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -387,6 +199,7 @@ def hf() -> SimpleNamespace:
         arguments=arguments,
         arguments_of=arguments_of,
         build=build,
+        byte_tokenizer=tiny.byte_tokenizer,
         collate=collate,
         examples=examples,
         expected_gradient=expected_gradient,

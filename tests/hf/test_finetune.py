@@ -17,18 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, hf):
     """A tiny Llama with a byte-level tokenizer, as a folder, and text to train on."""
-    import tokenizers
-
     home = tmp_path_factory.mktemp("model")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="~")
+    tokenizer = hf.byte_tokenizer(eos_token="~")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=256,
