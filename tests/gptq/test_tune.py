@@ -172,6 +172,21 @@ def test_every_grid_can_be_tuned_and_loads(layer, model_folder, text_file, quant
         assert torch.equal(module.zeros, module.zeros.round())
 
 
+def test_a_tuned_model_exports_to_what_others_read(model_folder, text_file, quantize_to, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from rlo_gptq.export import export_checkpoint
+    from rlo_gptq.verify import verify_export
+
+    layer = LayerSettings(bits=2, method="gptq", integer_zero=True)
+    result = quantize_to(
+        model_folder("llama"), text_file, tmp_path / "q", layer, nsamples=5, tune=TUNE
+    )
+    assert any(record["epoch"] for record in result.tuned)
+    export_checkpoint(tmp_path / "q", tmp_path / "out", format="compressed-tensors")
+    check = verify_export(tmp_path / "q", tmp_path / "out", "transformers")
+    assert check.difference < 1e-3
+
+
 @pytest.mark.parametrize("family", ["opt", "gemma3", "qwen3", "gpt-neox", "mixtral"])
 def test_blocks_of_every_kind_can_be_tuned(family, model_folder, text_file, quantize_to, tmp_path):
     result = quantize_to(

@@ -24,7 +24,12 @@ from rlo_gptq.cli_quantize import run_quantization
 @click.option("--nsamples", type=click.IntRange(min=1), help="Calibration sequences.")
 @click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of a calibration sequence.")
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
-@click.option("--tune/--no-tune", default=None, help="As in quantize; by default as it was there.")
+@click.option(
+    "--tune/--no-tune",
+    default=True,
+    show_default=True,
+    help="As in quantize; without it most of what was learnt is rounded away at 2 bits.",
+)
 @click.option("--offload", is_flag=True, help="Keep activations in a file.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -35,7 +40,7 @@ def merge(
     nsamples: int | None,
     seqlen: int | None,
     split: str | None,
-    tune: bool | None,
+    tune: bool,
     offload: bool,
     device: str,
     as_json: bool,
