@@ -54,9 +54,9 @@ def configurations(names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def earlier(which: str) -> list[dict[str, Any]]:
+def earlier(name: str) -> list[dict[str, Any]]:
     """Return the records that are there already; delete the file to start afresh."""
-    path = RESULTS / f"models_{which}.jsonl"
+    path = RESULTS / f"{name}.jsonl"
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int)
     parser.add_argument("--context", type=int)
     parser.add_argument("--configs", nargs="*")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], help="layers to leave, in a file NAME_part"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,11 +97,12 @@ def main() -> None:
         measure = {"context": args.context, "max_tokens": args.eval_tokens}
         calibration = "train" if args.which == "stories" else "validation"
         keys = ("perplexity", "ce", "tokens", "context", "bytes")
-        records = earlier(args.which)
+        name = f"models_{args.which}" + ("_part" if args.skip else "")
+        records = earlier(name)
         if not records:
             original = evaluate_perplexity(model, str(text), **measure)
             records.append({"method": "original", **{key: original[key] for key in keys}})
-            write_results(f"models_{args.which}", records)
+            write_results(name, records)
         for number, settings in enumerate(configurations(names)):
             if any(settings.items() <= record.items() for record in records):
                 continue  # a run that was stopped goes on
@@ -112,6 +116,7 @@ def main() -> None:
                 nsamples=args.nsamples,
                 seqlen=args.seqlen,
                 split=calibration,
+                skip=tuple(args.skip),
             )
             begin, cpu = time.perf_counter(), time.process_time()
             made = run_quantization(options, folder, progress=False)
@@ -133,10 +138,11 @@ def main() -> None:
                     "nsamples": args.nsamples,
                     "seqlen": args.seqlen,
                     "calibration": calibration,
+                    "skip": args.skip,
                 }
             )
             print(records[-1], flush=True)
-            write_results(f"models_{args.which}", records)
+            write_results(name, records)
 
 
 if __name__ == "__main__":
