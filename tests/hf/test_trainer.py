@@ -323,7 +323,7 @@ def test_bfloat16_and_checkpointing_keep_the_gradient(tmp_path, hf, linear):
 
 def test_the_path_that_runs_is_said_once(tmp_path, hf, caplog):
     rows = hf.examples("llama")
-    with caplog.at_level(logging.WARNING, logger="rlo_hf.trainer"):
+    with caplog.at_level(logging.WARNING, logger="rlo_hf.linear_path"):
         hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path, max_steps=2))
         hf.update_of(Trainer, hf.build("llama"), rows, hf.arguments(tmp_path), linear="off")
     assert [record.getMessage() for record in caplog.records] == [

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from rlo_hf.model_loss import set_loss as set_loss
     from rlo_hf.plain_trainer import loss_func as loss_func
-    from rlo_hf.trainer import Seq2SeqTrainer as Seq2SeqTrainer
+    from rlo_hf.seq2seq import Seq2SeqTrainer as Seq2SeqTrainer
     from rlo_hf.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 _HOME = {
-    "Seq2SeqTrainer": ("rlo_hf.trainer", "Seq2SeqTrainer"),
+    "Seq2SeqTrainer": ("rlo_hf.seq2seq", "Seq2SeqTrainer"),
     "Trainer": ("rlo_hf.trainer", "Trainer"),
     "loss_func": ("rlo_hf.plain_trainer", "loss_func"),
     "rlo": ("rlo_core.modules", "RootedLoss"),

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlo_core.errors import RLOError
 from torch import Tensor
 from transformers.utils import logging
 
-from rlo_hf.tasks import Task, base_of
+from rlo_hf.objective import Objective
+from rlo_hf.tasks import Task, base_of, is_multi_label, shifted
 
 logger = logging.get_logger(__name__)
+
+
+def aligned(
+    inputs: Mapping[str, Any], name: str, task: Task, objective: Objective, config: Any
+) -> Tensor:
+    """Return the labels of a batch in the places of the predictions, int64 with -100 ignored.
+
+    Args:
+        inputs: The batch.
+        name: The key of its labels.
+        task: Of the model. Causal labels are shifted, unless the batch has `shift_labels`.
+        objective: The loss, for the label that it ignores.
+        config: Of the model. Multi-label targets come back as floats, not shifted.
+
+    Raises:
+        RLOError: floating labels for a task that has classes.
+    """
+    if "shift_labels" in inputs and task == "causal":
+        return objective.canonical(inputs["shift_labels"])
+    labels: Tensor = inputs[name]
+    if task == "sequence" and is_multi_label(config, labels):
+        return labels.float()
+    if labels.is_floating_point():
+        raise RLOError(
+            f"labels of a {task} task must be integers, got {labels.dtype}; set "
+            "problem_type='multi_label_classification' in the model's config for multi-label"
+        )
+    labels = objective.canonical(labels)
+    return shifted(labels) if task == "causal" else labels
 
 
 def matched(scores: Tensor, target: Tensor, task: Task) -> Tensor:
@@ -46,11 +76,34 @@ def add_decoder_inputs(base: Any, inputs: dict[str, Any]) -> None:
     inputs["decoder_input_ids"] = made
 
 
+def router_loss(base: Any, outputs: Any) -> Tensor | float:
+    """Return a mixture-of-experts model's balancing loss; it adds that only if given labels."""
+    auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    if not isinstance(auxiliary, Tensor):
+        return 0.0
+    weight = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    return auxiliary * weight
+
+
 def smoothing_of(host: Any) -> float:
+    """Return the label smoothing that a Trainer's arguments ask for, in [0, 1]."""
     factor = float(host.args.label_smoothing_factor)
     problem = getattr(base_of(host.model).config, "problem_type", None)
     # transformers has warned that it does not apply there.
     return 0.0 if problem == "multi_label_classification" else factor
+
+
+def refuse_second_slot(compute_loss_func: Any) -> None:
+    """Raise RLOError for a `compute_loss_func` beside `loss`."""
+    if compute_loss_func is not None:
+        raise RLOError("compute_loss_func and loss are the same slot; give one of them")
+
+
+def refuse_sequence_parallel(accelerator: Any, way_out: str) -> None:
+    """Raise RLOError under DeepSpeed's sequence parallelism, whose step has a loss of its own."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
+        raise RLOError(f"DeepSpeed sequence parallelism passes the loss slot by; {way_out}")
 
 
 def refuse_hosts(host: Any) -> None:
@@ -60,12 +113,10 @@ def refuse_hosts(host: Any) -> None:
             f"nn.DataParallel over {host.args.n_gpu} GPUs is not supported; start with `torchrun` "
             "or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
-    parallel = getattr(host.accelerator, "parallelism_config", None)
-    if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
-        raise RLOError(
-            "DeepSpeed sequence parallelism passes the loss slot by; use context parallelism, or "
-            "rlo_hf.set_loss(model, ...) with transformers' own Trainer"
-        )
+    refuse_sequence_parallel(
+        host.accelerator,
+        "use context parallelism, or rlo_hf.set_loss(model, ...) with transformers' own Trainer",
+    )
     if host.args.use_liger_kernel:
         config = dict(host.args.liger_kernel_config or {})
         wanted = {"fused_linear_cross_entropy": False, "cross_entropy": False}

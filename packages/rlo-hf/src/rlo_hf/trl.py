@@ -8,19 +8,22 @@ packing, masks, padding-free batches, accumulation and TRL's metrics all stay as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
+import torch
 from rlo_core.errors import RLOError
 from rlo_core.functional import apply_link
-from torch import nn
+from rlo_core.links import Link
+from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as HostTrainer
 
-from rlo_hf.evaluation import EvalSums
+from rlo_hf.conventions import refuse_second_slot, refuse_sequence_parallel
+from rlo_hf.evaluation import EvalSums, ExactEvaluation
 from rlo_hf.objective import Loss, Objective
 from rlo_hf.schedule import ScheduleCallback
 
 
-class SFTTrainer(HostTrainer):
+class SFTTrainer(ExactEvaluation, HostTrainer):
     """TRL's SFTTrainer, trained on a rooted loss and evaluated in cross entropy.
 
     Args:
@@ -47,13 +50,15 @@ class SFTTrainer(HostTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[Any, Any] | None = None,
         preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
         formatting_func: Callable[..., Any] | None = None,
         *,
         loss: Loss = "rlo",
     ) -> None:
         self.loss_objective = _with_link(loss)
-        _refuse(args, compute_loss_func)
+        refuse_second_slot(compute_loss_func)
+        _refuse(args)
         self._eval_sums = EvalSums("ce")
         super().__init__(
             model=model,
@@ -67,14 +72,11 @@ class SFTTrainer(HostTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
-            raise RLOError(
-                "DeepSpeed sequence parallelism takes the model's own loss, not this one"
-            )
+        refuse_sequence_parallel(self.accelerator, "use context parallelism")
         self.add_callback(ScheduleCallback(self.loss_objective))
 
     def compute_loss(
@@ -104,40 +106,9 @@ class SFTTrainer(HostTrainer):
             linked, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """Do TRL's step, and add its rows to the sums of the evaluation."""
-        self._eval_sums.pending = None
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._eval_sums.gather(self.accelerator)
-        return result
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Run the loop; `loss`, `ce` and `perplexity` are those of ce, exact over all tokens."""
-        self._eval_sums.reset()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        cast("dict[str, float]", output.metrics).update(self._eval_sums.metrics(metric_key_prefix))
-        return output
-
-
-def _rows(ce: Any, mask: Any, link: Any) -> Any:
+def _rows(ce: Tensor, mask: Tensor, link: Link) -> Tensor:
     """Return objective, count, ce, count of each row, (B, 4) float32."""
-    import torch
-
     ce = ce.detach().double()
     objective = apply_link(ce, link).where(mask, 0.0).sum(1)
     count = mask.sum(1).double()
@@ -156,9 +127,7 @@ def _with_link(loss: Loss) -> Objective:
     return objective
 
 
-def _refuse(args: Any, compute_loss_func: Any) -> None:
-    if compute_loss_func is not None:
-        raise RLOError("compute_loss_func and loss are the same slot; give one of them")
+def _refuse(args: Any) -> None:
     if getattr(args, "loss_type", "nll") == "dft":
         raise RLOError("loss_type='dft' and loss are the same slot; loss='dft' is that loss")
     if getattr(args, "label_smoothing_factor", 0.0):

@@ -1,0 +1,127 @@
+"""Which way the loss of a causal language model is computed: from logits, or without them.
+
+Without them the output layer is given the loss's work for one forward call (see `rlo_hf.head`),
+and what the model returns in the place of its logits is one number wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rlo_core.errors import RLOError
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from rlo_hf.conventions import matched
+from rlo_hf.head import Head, HeadError, autocast_pair, replaced, separate
+from rlo_hf.objective import Objective
+from rlo_hf.tasks import Task
+
+logger = logging.get_logger(__name__)
+Linear = Literal["auto", "fused", "off"]
+
+
+class LinearPath:
+    """The path, decided at the first training batch and said once.
+
+    Args:
+        wanted: "auto", "fused" (raise where it is not possible) or "off".
+        objective: The loss.
+        task: Of the model; only "causal" has a fused path.
+
+    Attributes:
+        name: "fused" or "logits (REASON)"; empty until it is decided.
+        total: The loss summed over the labels of the last fused call; None on the other path.
+
+    Raises:
+        ValueError: `wanted` is none of the three.
+    """
+
+    def __init__(self, wanted: Linear, objective: Objective, task: Task) -> None:
+        if wanted not in ("auto", "fused", "off"):
+            raise ValueError(f"linear must be 'auto', 'fused' or 'off', got {wanted!r}")
+        self.wanted, self.objective, self.task = wanted, objective, task
+        self.name = ""
+        self.total: Tensor | None = None
+        self._head: Head | None = None
+
+    def decide(self, base: nn.Module, host: Any) -> None:
+        """Choose the path for a model, once.
+
+        Args:
+            base: The transformers model, without wrappers.
+            host: The Trainer.
+
+        Raises:
+            RLOError: "fused" is asked for and not possible; the message has the reason.
+        """
+        if self.name:
+            return
+        reason = self._reason_against(host)
+        if reason is None:
+            try:
+                self._head = separate(base)
+            except HeadError as error:
+                reason = str(error)
+        if reason is not None and self.wanted == "fused":
+            raise RLOError(f"linear='fused' is not possible for {type(base).__name__}: {reason}")
+        self.name = "fused" if reason is None else f"logits ({reason})"
+        if host.is_world_process_zero():
+            logger.warning(f"loss {self.objective.name}, linear path: {self.name}")
+
+    def _reason_against(self, host: Any) -> str | None:
+        if self.wanted == "off":
+            return "linear='off'"
+        if self.task != "causal":
+            return f"the task is {self.task}, not causal"
+        if self.objective.link is None:
+            return "the loss has no link"
+        if self.objective.weight is not None:
+            return "the loss has class weights"
+        if host.args.torch_compile:
+            return "torch_compile is on"
+        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+            return "FSDP and DeepSpeed shard the output weight"
+        return None
+
+    @contextmanager
+    def taken(self, target: Tensor) -> Iterator[None]:
+        """Let a forward call inside the block leave its loss in `total`, if the path is fused.
+
+        Args:
+            target: Labels in the places of the predictions, (B, T), -100 ignored.
+        """
+        self.total = None
+        head = self._head
+        if head is None:
+            yield
+            return
+
+        def forward(hidden: Tensor) -> Tensor:
+            self.total = self._total(head, hidden, target)
+            # In the place of the logits: DDP finds the parameters that were used through the
+            # outputs.
+            return self.total.expand(*hidden.shape[:2], 1).clone()
+
+        with replaced(head.linear, forward):
+            yield
+
+    def _total(self, head: Head, hidden: Tensor, target: Tensor) -> Tensor:
+        from rlo_core.linear import link_linear_cross_entropy
+
+        link = self.objective.link
+        assert link is not None
+        hidden = matched(hidden, target, self.task)
+        states, weight, bias = autocast_pair(hidden * head.scale, head.linear)
+        return link_linear_cross_entropy(
+            states.flatten(0, -2),
+            weight,
+            target.to(hidden.device).flatten(),
+            link,
+            bias=bias,
+            label_smoothing=self.objective.label_smoothing,
+            softcap=head.softcap,
+            reduction="sum",
+        )
