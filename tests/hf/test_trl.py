@@ -1,6 +1,9 @@
 """TRL's SFTTrainer with a rooted loss: packing, masks, padding-free, metrics, evaluation."""
 
+import inspect
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +186,45 @@ def test_what_log_probabilities_cannot_give_is_refused(tmp_path, hf, tokenizer):
         SFTTrainer(args=args, loss="rlo")
     with pytest.raises(RLOError, match=r"^compute_loss_func and loss are the same slot"):
         SFTTrainer(compute_loss_func=foreign)
+
+
+def test_the_arguments_are_trls_in_their_order_and_then_the_loss():
+    from rlo_hf.trl import SFTTrainer
+
+    theirs = list(inspect.signature(trl.SFTTrainer.__init__).parameters)
+    assert list(inspect.signature(SFTTrainer.__init__).parameters) == [*theirs, "loss"]
+
+
+@pytest.mark.slow
+def test_trls_own_script_is_trained_on_the_loss(tmp_path, hf, tokenizer, monkeypatch):
+    """`rlo-hf run sft.py --loss SPEC`; two updates, the second on moved weights."""
+    from rlo_hf.script import run_with_loss
+
+    hf.build("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"text": f"w3 w4 w{5 + i} w9"}) + "\n" for i in range(8)]
+    (tmp_path / "text" / "train.jsonl").write_text("".join(lines))
+    script = Path(trl.__file__).with_name("scripts") / "sft.py"
+    options = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "text",
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    run_with_loss(str(script), words, "rlo:k=2")
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    losses = [record["loss"] for record in state["log_history"] if "loss" in record]
+    ids = [torch.tensor(tokenizer(json.loads(line)["text"])["input_ids"] + [1]) for line in lines]
+    batch = hf.collate([{"input_ids": row, "labels": row} for row in ids])
+    expected = hf.rooted_mean([hf.scores_and_labels(hf.build("llama"), "llama", batch)], 2.0)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-3)
+    assert losses[1] < losses[0]
