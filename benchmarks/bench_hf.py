@@ -20,6 +20,14 @@ from harness import compare, peak_memory, write_results
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 32_000, 256, 4, 256
 
+CANDIDATES = (
+    "stock ce",
+    "rlo, logits",
+    "rlo, fused",
+    "ce, fused",
+    "trl chunked nll",
+    "torch chunked ce",
+)
 MEMORY = """
 import sys
 sys.path[:0] = {path!r}
@@ -84,12 +92,29 @@ def candidates(only: str | None = None) -> dict[str, Callable[[], object]]:
 
         return step
 
+    def torch_chunked() -> Callable[[], object]:
+        """torch's own fused linear cross entropy, on the hidden states."""
+        llama = model()
+        target = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+
+        def step() -> object:
+            llama.zero_grad(set_to_none=True)
+            hidden = llama.model(ids).last_hidden_state.flatten(0, 1)
+            weight = llama.lm_head.weight
+            loss = torch.nn.functional.linear_cross_entropy(hidden, weight, target, options=options)
+            loss.backward()
+            return loss
+
+        return step
+
     made: dict[str, Callable[[], Callable[[], object]]] = {
         "stock ce": lambda: step_of(transformers.Trainer),
         "rlo, logits": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="off"),
         "rlo, fused": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="fused"),
         "ce, fused": lambda: step_of(Trainer, loss="ce", linear="fused"),
         "trl chunked nll": chunked,
+        "torch chunked ce": torch_chunked,
     }
     return {name: make() for name, make in made.items() if only in (None, name)}
 
@@ -102,8 +127,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     # Memory first: a child starts with the peak of its parent, which must be small then.
     here = __file__.rpartition("/")[0]
-    names = ("stock ce", "rlo, logits", "rlo, fused", "ce, fused", "trl chunked nll")
-    peaks = {name: peak_memory(MEMORY.format(path=[here], kind=name)) for name in names}
+    peaks = {name: peak_memory(MEMORY.format(path=[here], kind=name)) for name in CANDIDATES}
     steps = candidates()
     times = compare(steps, rounds=rounds, warmup=1)
     base = times["stock ce"]

@@ -91,13 +91,13 @@ def test_the_authors_defaults_are_the_defaults(folder):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
-    import rlo_hf.finetune as module
+    import rlo_hf.finetune_trainer as module
 
     words = (folder / "llama", folder / "text.txt", "--block", 32, "--batch-size", 8,
              "--epochs", 2, "--lr", 1e-3)  # fmt: skip
     call(*words, "--out", tmp_path / "whole")
 
-    class Stop(module._Record):
+    class Stop(module.Record):
         def on_epoch_end(self, args, state, control, **kwargs):
             super().on_epoch_end(args, state, control, **kwargs)
 
@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_Record", Stop)
+        patch.setattr(module, "Record", Stop)
         result = CliRunner().invoke(
             main, ["finetune", *map(str, words), "--out", str(tmp_path / "cut")]
         )

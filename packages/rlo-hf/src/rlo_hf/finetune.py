@@ -8,30 +8,24 @@ where theirs prints exp of the rooted loss.
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
-from rlo_core.errors import RLOError, RunError
+from rlo_core.errors import RLOError
 from rlo_core.perplexity import PerplexityResult, perplexity
 from rlo_core.registry import create_loss
-from rlo_core.runs import Run, read_run
+from rlo_core.runs import Run
 from rlo_core.text import Split, TextData, hold_out, load_text
 from torch import Tensor
 
+from rlo_hf.adapters import check_adapters, with_adapters
 from rlo_hf.blocks import blocks_of, token_ids
 from rlo_hf.finetune_options import FinetuneOptions
-from rlo_hf.models import ModelError, begin_at_error, load_model, load_tokenizer
-from rlo_hf.trainer import Trainer
-
-CHECKPOINTS = "checkpoints"
-
-
-Report = Callable[[str], object]
+from rlo_hf.finetune_trainer import Report, device, trainer_of
+from rlo_hf.models import ModelError, load_model, load_tokenizer
+from rlo_hf.resuming import CHECKPOINTS, check_same, last_checkpoint
 
 
 def finetune(
@@ -62,10 +56,10 @@ def finetune(
         RLOError: on a model, data set, loss or run folder that is not as it must be.
     """
     create_loss(options.loss)  # an unknown loss is said before anything is loaded
-    _check_lora(options)
+    check_adapters(options)
     out = Path(options.out)
     if resume:
-        _check_same(out, options)
+        check_same(out, options)
     transformers.set_seed(options.seed)
     train, held = _texts(options, eval_only=eval_only)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
@@ -76,7 +70,7 @@ def finetune(
             "weights; leave --merge out, and keep the adapter beside it or use the quantizer's "
             "merge (rlo-gptq merge ADAPTER DATASET --save DIR)"
         )
-    model.to(_device())
+    model.to(device())
     rows = [] if train is None else _rows(train, tokenizer, options)
     eval_ids = token_ids(held, tokenizer)
     run = Run.create(
@@ -113,10 +107,10 @@ def finetune(
         "eval_tokens": before.tokens,
     }
     if not eval_only:
-        model = _adapters(model, options)
-        trainer = _trainer(model, rows, options, run, measure, say)
+        model = with_adapters(model, options)
+        trainer = trainer_of(model, rows, options, run, measure, say)
         try:
-            done = trainer.train(resume_from_checkpoint=_checkpoint(out) if resume else None)
+            done = trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         except KeyboardInterrupt:
             run.finish(status="interrupted", **summary)
             raise
@@ -151,12 +145,6 @@ def _write_report(out: Path) -> None:
     write_report([out], out / "report.html")
 
 
-def _device() -> torch.device:
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def _texts(options: FinetuneOptions, *, eval_only: bool) -> tuple[TextData | None, TextData]:
     column = options.text_column
     held = load_text(
@@ -187,138 +175,3 @@ def _context(model: Any, options: FinetuneOptions) -> int:
         return options.eval_context
     config = model.config.get_text_config()
     return min(int(getattr(config, "max_position_embeddings", None) or 2048), 2048)
-
-
-def _adapters(model: Any, options: FinetuneOptions) -> Any:
-    if not options.lora:
-        if getattr(model, "is_quantized", False):
-            raise ModelError(
-                f"model {options.model!r} is quantized, so its weights cannot be trained; train "
-                "adapters on it with --lora RANK"
-            )
-        return model
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModelError("--lora needs the package peft: pip install 'rlo-hf[peft]'") from error
-    config = peft.LoraConfig(
-        r=options.lora,
-        lora_alpha=options.lora_alpha or 2 * options.lora,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"peft cannot put adapters on {options.model!r}: {error}") from error
-    if options.lora_init == "loftq":
-        begin_at_error(adapted, options.model, options.original or "")
-    return adapted
-
-
-def _check_lora(options: FinetuneOptions) -> None:
-    if options.lora_init not in ("default", "loftq"):
-        raise RLOError(f"lora_init must be default or loftq, got {options.lora_init!r}")
-    if options.lora_init == "default":
-        if options.original is not None:
-            raise RLOError("--original needs --lora-init loftq")
-    elif not options.lora or options.original is None:
-        raise RLOError("--lora-init loftq needs --lora and --original MODEL")
-
-
-def _precision(options: FinetuneOptions) -> str:
-    if options.precision not in ("auto", "fp32", "fp16", "bf16"):
-        raise RLOError(f"precision must be auto, fp32, fp16 or bf16, got {options.precision!r}")
-    if options.precision == "auto":
-        return "fp16" if _device().type == "cuda" else "fp32"
-    return options.precision
-
-
-def _trainer(
-    model: Any,
-    rows: list[dict[str, Tensor]],
-    options: FinetuneOptions,
-    run: Run,
-    measure: Callable[[int], PerplexityResult],
-    say: Report,
-) -> Trainer:
-    per_update = options.batch_size * options.accumulation
-    steps = options.max_steps
-    if steps < 0:
-        steps = max(1, int(options.epochs * -(-len(rows) // per_update)))
-    warmup = options.warmup if options.warmup is not None else min(500, steps // 10)
-    precision = _precision(options)
-    args = transformers.TrainingArguments(
-        output_dir=str(run.folder / CHECKPOINTS),
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        warmup_steps=warmup,
-        weight_decay=options.weight_decay,
-        fp16=precision == "fp16",
-        bf16=precision == "bf16",
-        seed=options.seed,
-        save_strategy="epoch",
-        save_total_limit=1,
-        logging_steps=10,
-        logging_first_step=True,
-        report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=_device().type == "cuda",
-        use_cpu=_device().type == "cpu",
-    )
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
-    say(f"{len(rows)} blocks of {options.block} tokens, {steps} updates, {precision}")
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=rows,
-        loss=options.loss,
-        linear=options.linear,
-        callbacks=[_Record(run, measure)],
-    )
-    # It prints its records on stdout, where a JSON document may be wanted.
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-class _Record(transformers.TrainerCallback):
-    """Writes what the Trainer logs into the run, and perplexity after each epoch but the last."""
-
-    def __init__(self, run: Run, measure: Callable[[int], PerplexityResult]) -> None:
-        self.run, self.measure = run, measure
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            names = ("loss", "grad_norm", "learning_rate", "epoch")
-            kept = {name: logs[name] for name in names if name in logs}
-            self.run.log(step=state.global_step, split="train", **kept)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step < state.max_steps:
-            self.measure(state.global_step)
-
-
-def _checkpoint(out: Path) -> str:
-    found = sorted(
-        (out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
-    if not found:
-        raise RunError(f"run {str(out)!r} has no checkpoint to resume from")
-    return str(found[-1])
-
-
-def _check_same(out: Path, options: FinetuneOptions) -> None:
-    """Raise RunError unless the run in the folder has these options."""
-    saved = read_run(out).get("options", {})
-    _checkpoint(out)
-    for name, value in asdict(options).items():
-        if name in saved and saved[name] != value:
-            raise RunError(
-                f"run {str(out)!r} has {name}={saved[name]!r}, got {value!r}; resume with the same "
-                "options, or start in another folder"
-            )
