@@ -116,14 +116,19 @@ class Job:
         }
 
 
-def tuned(job: Job, results: Results, loss: str, seeds: list[int]) -> float:
-    """Measure the grid with the first seed, then the others at the best learning rate, returned."""
+def tuned(
+    job: Job, results: Results, loss: str, seeds: list[int], rates: list[float] | None = None
+) -> float:
+    """Measure the grid with the first seed, then the others at the best learning rate, returned.
+
+    The grid is `rates`, or else the job's.
+    """
 
     def at(lr: float, seed: int) -> dict[str, Any]:
         name = f"{job.name}/{loss}/lr={lr:g}/seed={seed}"
         return results.measure(name, lambda: job.run(loss, lr, seed, name))
 
-    grid = [at(lr, seeds[0]) for lr in job.job["lr"]]
+    grid = [at(lr, seeds[0]) for lr in rates or job.job["lr"]]
     best = float(min(grid, key=lambda record: record["perplexity"]["validation"])["lr"])
     for seed in seeds[1:]:
         at(best, seed)
@@ -154,7 +159,7 @@ def main(config_file: Path, out: Path, models: Path, runs: Path | None) -> None:
             )
         for count in range(1, len(seeds) + 1):  # every loss with one seed, then with two, ...
             for loss in group["losses"]:
-                tuned(job, results, loss, seeds[:count])
+                tuned(job, results, loss, seeds[:count], group.get("lr"))
 
 
 if __name__ == "__main__":

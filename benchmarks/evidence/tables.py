@@ -176,23 +176,33 @@ def vision_cost() -> str:
 
 
 def language(job: str) -> str:
+    """A row per loss: perplexities, and the paired difference of their logarithms from ce."""
     found = [r for r in records("language") if r["job"] == job]
     runs = chosen([r for r in found if r["loss"]], lambda r: -r["perplexity"]["validation"])
-    rows = [["loss", "lr", "seeds", "train", "held out", "other text"]]
+    splits = {"train": "train", "test": "held out", "other": "other text"}
+    splits = {s: shown for s, shown in splits.items() if any(s in r["perplexity"] for r in found)}
+    rows = [["loss", "lr", "seeds", *splits.values(), "held out, nats less `ce`"]]
     for r in found:
         if r["loss"] is None:
-            p = r["perplexity"]
-            cells = [f"{p[s]:.2f}" if s in p else "" for s in ("train", "test", "other")]
-            rows.append(["before", "", "", *cells])
+            rows.append(["before", "", "", *(_perplexity([r], s) for s in splits), ""])
+    held_out: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in runs:
+        held_out[r["loss"]][r["seed"]] = math.log(r["perplexity"]["test"])
     for loss in dict.fromkeys(r["loss"] for r in runs):
         cell = [r for r in runs if r["loss"] == loss]
-        row = [f"`{loss}`", f"{cell[0]['lr']:g}", str(len(cell))]
-        for split in ("train", "test", "other"):
-            values = [r["perplexity"][split] for r in cell if split in r["perplexity"]]
-            row.append(spread(values, 2) if values else "")
-        rows.append(row)
-    used = [i for i in range(len(rows[0])) if i < 3 or any(row[i] for row in rows[1:])]
-    return markdown([[row[i] for i in used] for row in rows])
+        pairs = [(held_out["ce"][s], v) for s, v in held_out[loss].items() if s in held_out["ce"]]
+        gap = difference(pairs, 3) if pairs and loss != "ce" else ""
+        figures = (_perplexity(cell, s) for s in splits)
+        rows.append([f"`{loss}`", f"{cell[0]['lr']:g}", str(len(cell)), *figures, gap])
+    return markdown(rows)
+
+
+def _perplexity(cell: Records, split: str) -> str:
+    """Return mean and spread; past a million, where a spread says nothing, the range."""
+    values = [r["perplexity"][split] for r in cell]
+    if max(values) < 1e6:
+        return spread(values, 2)
+    return " to ".join(f"{v:.0e}" for v in sorted({min(values), max(values)}))
 
 
 def language_smollm2() -> str:
