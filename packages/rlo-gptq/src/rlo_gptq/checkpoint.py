@@ -15,11 +15,18 @@ from rlo_core.errors import RLOError
 from rlo_core.files import write_text
 
 from rlo_gptq.card import model_card
-from rlo_gptq.hf_quantizer import METHOD, VERSION, as_error, module_table
+from rlo_gptq.hf_quantizer import METHOD, VERSION, RLOGPTQConfig, as_error, module_table
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.shards import COPIED as COPIED
 from rlo_gptq.shards import ShardWriter
-from rlo_gptq.validation import CheckpointError, check_folder, require
+from rlo_gptq.validation import (
+    check_folder,
+    check_sizes,
+    read_headers,
+    read_object,
+    require,
+    weight_paths,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,15 +136,18 @@ def load(
     path = Path(folder)
     if path.exists():
         check_folder(path)
-        method = read_quantization(path).get("quant_method")
+        found = read_quantization(path)
+        method = found.get("quant_method")
         require(method == METHOD, f"{str(path)!r} must be quantized by {METHOD}, got {method!r}")
+        RLOGPTQConfig.from_dict(found)
+        check_sizes(read_object(path / "config.json"), read_headers(weight_paths(path)))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
     except RLOError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a hostile config.json provokes any of them
         raise as_error(error) from error
     return model
 
@@ -158,13 +168,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: config.json is missing or is no JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(folder)!r} has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"config.json of {str(folder)!r} is not JSON: {error}") from error
-    require(isinstance(config, dict), f"config.json of {str(folder)!r} must hold an object")
+    config = read_object(folder / "config.json")
     found = config.get("quantization_config") or {}
     require(isinstance(found, dict), f"quantization_config must be an object, got {found!r}")
     return dict(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,17 @@ from rlo_gptq.formats.gptq import (
     pack_layer,
 )
 from rlo_gptq.grids import column_groups
-from rlo_gptq.hf_quantizer import METHOD, RLOGPTQConfig
+from rlo_gptq.hf_quantizer import METHOD, RLOGPTQConfig, as_error
 from rlo_gptq.packing import unpack_codes
 from rlo_gptq.quant_linear import symmetric_zero
-from rlo_gptq.shards import ShardWriter, new_folder, shard_names
-from rlo_gptq.validation import check_folder
+from rlo_gptq.shards import ShardWriter, new_folder
+from rlo_gptq.validation import (
+    check_folder,
+    check_sizes,
+    read_headers,
+    read_object,
+    weight_paths,
+)
 
 ExportFormat = Literal["gptq", "compressed-tensors"]
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
@@ -90,7 +95,8 @@ class _Checkpoint:
         self.folder = folder
         self.config = config
         self.settings = config.layer_settings
-        self.model_config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        self.model_config = read_object(folder / "config.json")
+        check_sizes(self.model_config, read_headers(weight_paths(folder)))
         self.widths = linear_widths(folder)
 
     def check(self) -> None:
@@ -117,10 +123,10 @@ class _Checkpoint:
 
     def shards(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the weight files' names and tensors."""
-        for name in shard_names(self.folder):
-            with safe_open(self.folder / name, framework="pt") as stored:
+        for path in weight_paths(self.folder):
+            with safe_open(path, framework="pt") as stored:
                 keys = list(stored.keys())
-                yield name, {key: stored.get_tensor(key) for key in keys}
+                yield path.name, {key: stored.get_tensor(key) for key in keys}
 
     def layer(self, name: str, tensors: Mapping[str, Tensor]) -> GridLayer:
         """Return one layer from its tensors."""
@@ -233,10 +239,13 @@ def linear_widths(folder: Path) -> dict[str, int]:
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.__dict__.pop("quantization_config", None)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # a hostile config.json provokes any of them
+        raise as_error(error) from error
     return {n: m.in_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 

@@ -20,7 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rlo_gptq.models import split_all_experts
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.validation import CheckpointError, check_files, check_values, require
+from rlo_gptq.validation import (
+    CheckpointError,
+    check_files,
+    check_parameters,
+    check_values,
+    require,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,6 +186,7 @@ class RLOGPTQQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 check_values(name, module)
+        check_parameters(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:

@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,14 @@ from rlo_gptq.formats.gptq import (
 )
 from rlo_gptq.packing import pack_codes
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.shards import ShardWriter, new_folder, shard_names, tensor_names
-from rlo_gptq.validation import check_folder
+from rlo_gptq.shards import ShardWriter, new_folder, tensor_names
+from rlo_gptq.validation import (
+    check_folder,
+    check_sizes,
+    read_headers,
+    read_object,
+    weight_paths,
+)
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -56,7 +61,7 @@ def import_checkpoint(folder: Path, out: Path) -> Imported:
             with groups that are not runs of columns); nothing is left behind.
     """
     check_folder(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_object(folder / "config.json")
     found = _quantization(folder, config)
     bits, checkpoint_format = _read_bits(found)
     with new_folder(out, FormatError) as partial:
@@ -67,7 +72,7 @@ def import_checkpoint(folder: Path, out: Path) -> Imported:
 def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = config.get("quantization_config")
     if found is None and (folder / "quantize_config.json").is_file():
-        found = json.loads((folder / "quantize_config.json").read_text("utf-8"))
+        found = read_object(folder / "quantize_config.json")
     if not isinstance(found, dict):
         raise FormatError(f"{str(folder)!r} must have a GPTQ quantization_config, got {found!r}")
     # Old quantize_config.json files name no method: they are GPTQ's own.
@@ -91,7 +96,9 @@ def _read_bits(found: Mapping[str, Any]) -> tuple[int, CheckpointFormat]:
 def _write(
     folder: Path, out: Path, config: dict[str, Any], bits: int, checkpoint_format: CheckpointFormat
 ) -> tuple[LayerSettings, int]:
-    files = {name: tensor_names(folder / name) for name in shard_names(folder)}
+    paths = weight_paths(folder)
+    check_sizes(config, read_headers(paths))
+    files = {path.name: tensor_names(path) for path in paths}
     where = {name: file for file, names in files.items() for name in names}
     layers = sorted(name.removesuffix(".qweight") for name in where if name.endswith(".qweight"))
     if not layers:

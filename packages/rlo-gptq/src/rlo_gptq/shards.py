@@ -136,14 +136,6 @@ def new_folder(out: Path, error: Callable[[str], RLOError]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def shard_names(folder: Path) -> list[str]:
-    """Return the weight files of a checked folder: those of its index, or the one there is."""
-    index = folder / INDEX
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
-
-
 def tensor_names(file: Path) -> list[str]:
     """Return the names of the tensors in a file, sorted."""
     with safe_open(file, framework="pt") as stored:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rlo_core.errors import RLOError
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from rlo_gptq.quant_linear import KEPT_DTYPE, QuantLinear
 
@@ -24,10 +25,17 @@ _NAMES = {
     torch.float32: ("F32",),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_PART = 1 << 22
+_LONGEST = 600
+LARGEST_WEIGHT = 1e30
+"""Products and sums of weights up to here stay far from float32's largest number."""
 
 
 class CheckpointError(RLOError, ValueError):
-    """A checkpoint that is damaged, or that was made to do damage."""
+    """A checkpoint that is damaged, or that was made to do damage: one line, whatever it holds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split())[:_LONGEST])
 
 
 def require(condition: bool, message: str) -> None:
@@ -40,23 +48,91 @@ def require(condition: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
-def _headers(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and type of every tensor in the files; reads headers only."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+Headers = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and type of every tensor of a checkpoint."""
+
+
+def read_headers(files: Sequence[Path]) -> Headers:
+    """Return shape and type of every tensor in the files; reads headers only.
+
+    Raises:
+        CheckpointError: names the file that is damaged, or the tensor that two of them have.
+    """
+    found: Headers = {}
     for file in files:
         require(file.suffix == ".safetensors", f"{file.name!r} must be a safetensors file")
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - it is no mapping
+                    require(name not in found, f"tensor {name!r} must be in one file, got two")
                     part = handle.get_slice(name)
                     found[name] = (tuple(part.get_shape()), str(part.get_dtype()))
         except OSError as error:
             raise CheckpointError(f"{file.name!r} cannot be read: {error}") from error
+        except CheckpointError:
+            raise
         except Exception as error:  # safetensors has one exception type, outside any family
             raise CheckpointError(
                 f"{file.name!r} is not a whole safetensors file: {error}"
             ) from error
     return found
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, nested without end, or no object.
+    """
+    place = f"{file.name} of {str(file.parent)!r}"
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(file.parent)!r} has no {file.name}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{place} is not JSON: {str(error)[:200]}") from error
+    require(isinstance(document, dict), f"{place} must hold an object")
+    return dict(document)
+
+
+_LARGER = 64
+"""How many times larger than any stored tensor's side a size in config.json may be: sizes are sides
+of tensors, or divide them, or are small multiples (fused projections)."""
+
+
+def check_sizes(config: Mapping[str, Any], headers: Headers) -> None:
+    """Refuse a config.json of a model far larger than its files, before such a model is built.
+
+    A skeleton without weights still makes its modules and its tables of angles: ten million blocks
+    would take hours, and a width of 10^9 gigabytes.
+
+    Raises:
+        CheckpointError: names the entry.
+    """
+    largest = max((side for shape, _ in headers.values() for side in shape), default=1)
+    for name, value in _numbers(config, ""):
+        last = name.rpartition(".")[2]
+        limit = None
+        if last.startswith(("num", "n_")) and ("layer" in last or "block" in last):
+            limit = len(headers)
+        elif any(word in last for word in ("size", "dim", "head", "expert", "rank", "width")):
+            limit = _LARGER * largest
+        if limit is not None:
+            require(
+                value <= limit,
+                f"{name} of config.json must be at most {limit} for tensors like these, "
+                f"got {value:.6g}",
+            )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Yield the numbers in nested objects, under their names joined by dots."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "quantization_config":
+                yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, value
 
 
 def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequence[str]) -> None:
@@ -70,7 +146,7 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
     Raises:
         CheckpointError: names the first such tensor.
     """
-    found = _headers(files)
+    found = read_headers(files)
     prefix = f"{model.base_model_prefix}."
     packed = {f"{name}.{child}" for name in quantized for child in ("weight", *KEPT_DTYPE, "seed")}
     tied = set(model.all_tied_weights_keys)
@@ -105,16 +181,47 @@ def check_values(name: str, module: QuantLinear) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    for child in ("scales", "zeros", "input_scale"):
+    for child in KEPT_DTYPE:
         tensor = getattr(module, child)
         if tensor is None or tensor.is_meta:
             continue
-        require(
-            bool(torch.isfinite(tensor).all()),
-            f"tensor '{name}.{child}' must be finite, got NaN or inf",
-        )
+        require_finite(f"{name}.{child}", tensor)
         if child == "input_scale":
             require(bool((tensor > 0).all()), f"tensor '{name}.{child}' must be positive")
+    if module.scales.is_meta:
+        return
+    # A finite scale of 1e38 still gives infinite weights.
+    most = float(module.scales.abs().max()) * 2**module.bits
+    if module.zeros is not None:
+        most *= 1 + float(module.zeros.abs().max())
+    if module.input_scale is not None:
+        most *= max(1.0, float(module.input_scale.max()))
+    require(
+        most < LARGEST_WEIGHT, f"tensor '{name}.scales' must give finite weights, got {most:.3g}"
+    )
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinity, a part at a time.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    flat = tensor.reshape(-1)
+    parts = (flat[at : at + _PART] for at in range(0, flat.numel(), _PART))
+    good = all(bool(torch.isfinite(part).all()) for part in parts)
+    require(good, f"tensor {name!r} must be finite, got NaN or inf")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse loaded weights that are not packed and not finite.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            require_finite(name, parameter.detach())
 
 
 def check_folder(folder: Path) -> None:
@@ -126,16 +233,27 @@ def check_folder(folder: Path) -> None:
     require((folder / "config.json").is_file(), f"{str(folder)!r} has no config.json")
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        require(
-            (folder / "model.safetensors").is_file(), f"{str(folder)!r} has no model.safetensors"
-        )
         return
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index.name!r} is not an index: {error!r}") from error
-    for name in names:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name!r} is not an index: it has no weight_map")
+    for name in weight_map.values():
         plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
         require(plain, f"{index.name!r} names {name!r}, which is not a file of this folder")
-        require((folder / name).is_file(), f"{str(folder)!r} lacks {name}")
+        good = name.isprintable() and len(name) < 256 and (folder / name).is_file()
+        require(good, f"{str(folder)!r} lacks {name[:256]!r}")
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """Return the weight files of a folder that `check_folder` let pass: its index's, or the one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_object(index)["weight_map"].values()))]
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    single = folder / "model.safetensors"
+    require(bool(found), f"{str(folder)!r} has no {single.name}")
+    return [single] if single in found else found
