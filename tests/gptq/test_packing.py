@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rlo_gptq.lookup import unpack_values
 from rlo_gptq.packing import pack_codes, packed_words, unpack_codes
 
 
@@ -42,3 +43,12 @@ def test_a_code_out_of_range_is_refused():
 def test_unpacking_the_wrong_width_is_refused():
     with pytest.raises(ValueError, match=r"packed must be int32 of shape \(rows, 2\) for 17 codes"):
         unpack_codes(torch.zeros(1, 1, dtype=torch.int32), 2, 17)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 32, 43, 96, 172])
+def test_a_table_reads_the_codes_that_shifting_reads(bits, columns):
+    packed = torch.randint(-(2**31), 2**31 - 1, (5, packed_words(columns, bits)), dtype=torch.int32)
+    expected = unpack_codes(packed, bits, columns).float()
+    for zero in (0.0, 1.5):
+        assert torch.equal(unpack_values(packed, bits, columns, zero), expected - zero)

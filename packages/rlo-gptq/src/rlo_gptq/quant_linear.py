@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlo_gptq.incoherence import Transform
 from rlo_gptq.layer import QuantizedLayer
+from rlo_gptq.lookup import unpack_values
 from rlo_gptq.packing import pack_codes, packed_words, unpack_codes
 from rlo_gptq.rounding.trellis import decode_rows
 from rlo_gptq.settings import LayerSettings
@@ -65,15 +66,20 @@ def dequantize_rows(
     Returns:
         Shape (rows, columns).
     """
-    values = unpack_codes(packed, bits, columns).float()
-    scale = scales.float()
-    if scale.shape[1] > 1:
-        scale = scale.repeat_interleave(group_size, 1)[:, :columns]
+    zero = 0.0 if isinstance(zeros, Tensor) else zeros
+    values = unpack_values(packed, bits, columns, zero)
+    groups = scales.shape[1]
+    if groups > 1 and columns % group_size == 0:  # a scale for each slice, without repeating it
+        values = values.reshape(len(packed), groups, -1)
+        scales = scales.unsqueeze(-1)
+        zeros = zeros.unsqueeze(-1) if isinstance(zeros, Tensor) else zeros
+    elif groups > 1:
+        scales = scales.repeat_interleave(group_size, 1)[:, :columns]
         if isinstance(zeros, Tensor):
-            zeros = zeros.float().repeat_interleave(group_size, 1)[:, :columns]
-    elif isinstance(zeros, Tensor):
-        zeros = zeros.float()
-    return values.sub_(zeros).mul_(scale).to(dtype)
+            zeros = zeros.repeat_interleave(group_size, 1)[:, :columns]
+    if isinstance(zeros, Tensor):
+        values = values.sub_(zeros.float())
+    return values.mul_(scales.float()).reshape(len(packed), columns).to(dtype)
 
 
 def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -86,20 +92,28 @@ class _PackedMatmul(torch.autograd.Function):
     """x W^T with W packed; the gradient goes to x alone, and W is unpacked again for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Callable[[int, int], Tensor], outputs: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: Callable[[int, int], Tensor],
+        outputs: int,
+        units: Callable[[int, int], Tensor] | None,
+        scales: Tensor | None,
+    ) -> Tensor:
         ctx.rows, ctx.outputs, ctx.columns = rows, outputs, x.shape[1]
         y = x.new_empty(x.shape[0], outputs)
         for start, stop in _tiles(outputs, x.shape[1]):
-            torch.mm(x, rows(start, stop).T, out=y[:, start:stop])
-        return y
+            tile = rows(start, stop) if units is None else units(start, stop)
+            torch.mm(x, tile.T, out=y[:, start:stop])
+        return y if scales is None else y.mul_(scales)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         total = grad.new_zeros(grad.shape[0], ctx.columns)
         for start, stop in _tiles(ctx.outputs, ctx.columns):
             total.addmm_(grad[:, start:stop], ctx.rows(start, stop))
-        return total, None, None
+        return total, None, None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -267,6 +281,24 @@ class QuantLinear(nn.Linear):
 
         return trellis_rows if self.settings.grid == "trellis" else rows
 
+    def _unscaled(
+        self, dtype: torch.dtype
+    ) -> tuple[Callable[[int, int], Tensor] | None, Tensor | None]:
+        """Return code - zero by rows, and the scales of the rows, where that is all of a weight.
+
+        With one scale for a row the product is scaled instead of the weights.
+        """
+        if dtype != torch.float32 or self.settings.grid != "scalar" or self.scales.shape[1] > 1:
+            return None, None
+        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
+
+        def units(start: int, stop: int) -> Tensor:
+            at = 0.0 if self.zeros is not None else zero
+            values = unpack_values(self.weight[start:stop], self.bits, self.in_features, at)
+            return values if self.zeros is None else values.sub_(self.zeros[start:stop].float())
+
+        return units, self.scales[:, 0].float()
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features); returns (..., out_features)."""
         transform = self.transform
@@ -279,7 +311,9 @@ class QuantLinear(nn.Linear):
         y: Tensor = (
             self._packed_matmul(flat)
             if self._kernel_applies(flat)
-            else _PackedMatmul.apply(flat, self._rows(flat.dtype), self.out_features)
+            else _PackedMatmul.apply(
+                flat, self._rows(flat.dtype), self.out_features, *self._unscaled(flat.dtype)
+            )
         )
         y = y.view(*x.shape[:-1], self.out_features)
         if transform is not None:
