@@ -219,8 +219,9 @@ def language_smollm2() -> str:
     return markdown(rows)
 
 
-def quantization() -> str:
-    found = [r for r in records("quantization") if r["loss"]]
+def quantization(file: str) -> str:
+    """A row per setting: before, after and degradation of each loss, and the difference from ce."""
+    found = [r for r in records(file) if r["loss"]]
     losses = list(dict.fromkeys(r["loss"] for r in found))
     by: dict[tuple[int, str, str], dict[str, dict[int, Any]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -252,9 +253,9 @@ def quantization() -> str:
     return markdown(rows)
 
 
-def quantization_summary() -> str:
+def quantization_summary(file: str) -> str:
     """A row per number of bits: the difference from ce, averaged over all settings of a seed."""
-    found = [r for r in records("quantization") if r["loss"]]
+    found = [r for r in records(file) if r["loss"]]
     by: dict[tuple[int, str], dict[int, dict[tuple[str, str], Any]]] = defaultdict(
         lambda: defaultdict(dict)
     )
@@ -296,8 +297,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-opt": lambda: language("scratch-opt"),
     "language-wikitext": lambda: language("scratch-llama-wikitext"),
     "language-smollm2": language_smollm2,
-    "quantization-summary": quantization_summary,
-    "quantization": quantization,
+    "quantization-summary": lambda: quantization_summary("quantization"),
+    "quantization": lambda: quantization("quantization"),
+    "quantization-layers-summary": lambda: quantization_summary("quantization_layers"),
+    "quantization-layers": lambda: quantization("quantization_layers"),
 }
 
 

@@ -1,7 +1,5 @@
 """The pieces that a wrong number could come from."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -113,22 +111,47 @@ def test_tables_replace_only_what_is_between_their_markers(monkeypatch):
     assert tables.fill(filled) == filled
 
 
-def test_a_quantized_copy_has_at_most_sixteen_values_a_row_at_4_bits(shared_data):
-    """The real small model through the real rounding; the output layer is left alone."""
-    import quantization
-    from lm_training import load_model
+@pytest.fixture
+def claim(shared_data, evidence, tmp_path):
+    """The shipped claim with little calibration and text."""
+    from language import Job
+    from quantization import Claim
+    from runner import load_config
+
+    config = load_config(evidence / "configs" / "quantization-cpu.yaml")
+    config |= {"calibration_sequences": 4, "eval_tokens": 512}
+    language = load_config(evidence / "configs" / config["language"])
+    return Claim(config, Job(config["job"], language, tmp_path))
+
+
+def test_calibration_text_is_of_what_was_trained_on_and_nothing_that_is_reported(claim, tmp_path):
+    """The words of the held-out part begin nowhere in it, whatever share of the text it takes."""
+    job = claim.job
+    for count in (65536, None):
+        claim.config["calibration_tokens"] = count
+        text = claim.calibration(tmp_path).read_text()
+        assert job.tokenizer.decode(job.text.train[1000:1100]) in text
+        for part in (job.text.validation, job.text.test):
+            assert job.tokenizer.decode(part[1000:1100]) not in text
+    assert len(text) == pytest.approx(0.9 * 1_115_394, rel=0.02)  # of a file of 1.1 MB
+
+
+def test_the_perplexity_afterwards_is_that_of_the_packed_checkpoint(claim, tmp_path):
+    """At 8 bits little is lost; at 2 bits, by rounding to nearest, much is."""
     from rlo_gptq.settings import LayerSettings
 
-    model = load_model(str(shared_data / "stories260k"), torch.device("cpu")).eval()
-    sequences = torch.randint(3, 500, (4, 64))
-    moments = quantization.hessians(model, sequences)
-    assert set(moments) == set(quantization.linears(model))
-    assert all(m.shape[0] == m.shape[1] for m in moments.values())
-    copy, proxy = quantization.quantized(model, moments, LayerSettings(bits=4), 0)
-    assert 0 < proxy < 0.02
-    for name, module in quantization.linears(copy).items():
-        levels = {len(row.unique()) for row in module.weight}
-        assert max(levels) <= 16, name
-    head = model.get_output_embeddings().weight
-    assert torch.equal(copy.get_output_embeddings().weight, head)
-    assert math.isfinite(copy(sequences).logits.sum().item())
+    model = claim.job.model(0)
+    before = claim.perplexity(model)
+    model.save_pretrained(tmp_path / "model")
+    claim.job.tokenizer.save_pretrained(tmp_path / "model")
+    text = claim.calibration(tmp_path)
+    after = {}
+    for bits in (8, 2):
+        settings = LayerSettings(bits=bits, method="nearest")
+        after[bits], proxy = claim.quantize(
+            tmp_path / "model", text, tmp_path / f"w{bits}", settings, seed=0
+        )
+        assert (tmp_path / f"w{bits}" / "run.json").is_file()
+        assert 0 < proxy < 1
+    assert after[8] == pytest.approx(before, rel=0.03)
+    assert after[2] > 1.2 * before
