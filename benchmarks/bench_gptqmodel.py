@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -190,6 +191,9 @@ def main() -> None:
         )
         shared = {
             "model": args.which,
+            "blocks": json.loads((Path(args.model) / "config.json").read_text())[
+                "num_hidden_layers"
+            ],
             "bits": BITS,
             "group_size": GROUP,
             "nsamples": args.nsamples,
@@ -211,10 +215,12 @@ def main() -> None:
             }
             records.append(record)
             print(json.dumps(record), flush=True)
-    # The other model's records stay.
+    # Other records stay.
     path = RESULTS / "gptqmodel.jsonl"
     kept = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    write_results("gptqmodel", [r for r in kept if r["model"] != args.which] + records)
+    key = itemgetter("model", "blocks", "what")
+    new = {key(record) for record in records}
+    write_results("gptqmodel", [r for r in kept if key(r) not in new] + records)
 
 
 if __name__ == "__main__":

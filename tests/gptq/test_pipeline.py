@@ -16,10 +16,11 @@ import transformers
 from rlo_core.errors import RLOError
 from rlo_gptq.calibrate import CalibrationError, input_groups, record_inputs, sample_sequences
 from rlo_gptq.layer import proxy_loss
-from rlo_gptq.pipeline import layer_seed, stages
+from rlo_gptq.options import layer_seed
 from rlo_gptq.processes import Processes
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.source import ModelSource, SourceError
+from rlo_gptq.stages import stages
 from rlo_gptq.work import PARTS, ResumeError
 from safetensors.torch import load_file, save_file
 

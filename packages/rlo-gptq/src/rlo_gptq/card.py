@@ -17,7 +17,7 @@ library_name: transformers
 
 # {name}, {bits} bits
 
-{base} quantized with rlo-gptq {version}: method `{method}`, incoherence `{incoherence}`, group size
+{base} quantized with rlo-gptq {version}: method `{method}`, incoherence {incoherence}, group size
 {group_size}, calibrated on `{dataset}`. Weight files: {megabytes:.1f} MB.
 
 ## Loading
@@ -56,6 +56,7 @@ def model_card(
     size: int,
     records: Sequence[dict[str, Any]],
     version: str,
+    folded: bool = False,
 ) -> str:
     """Return the model card.
 
@@ -66,6 +67,7 @@ def model_card(
         size: Bytes of the weight files.
         records: One for each layer, with `layer`, `rows`, `columns` and `proxy`.
         version: Of rlo-gptq.
+        folded: Whether random rotations were folded into the weights first.
     """
     hub = not base.startswith((".", "/", "~")) and base.count("/") == 1
     shown = base if hub else base.rstrip("/").rpartition("/")[2]
@@ -75,6 +77,8 @@ def model_card(
         f"| `{r['layer']}` | {r['rows']} x {r['columns']} | {float(r['proxy']):.5f} |"
         for r in worst
     )
+    kinds = ["rotations folded into the weights (`--rotate fold`)"] if folded else []
+    kinds += [f"`{settings.incoherence}`"] if settings.incoherence != "none" else []
     return _TEMPLATE.format(
         base_line=f"base_model: {base}\n" if hub else "",
         base=f"`{shown}`",
@@ -82,7 +86,7 @@ def model_card(
         bits=settings.bits,
         version=version,
         method=settings.method,
-        incoherence=settings.incoherence,
+        incoherence=" and ".join(kinds) or "`none`",
         group_size=settings.group_size,
         dataset=dataset.rstrip("/").rpartition("/")[2],
         megabytes=size / 1e6,

@@ -106,6 +106,7 @@ def write_checkpoint(
         size=weight_bytes(folder),
         records=records,
         version=version("rlo-gptq"),
+        folded=work.decisions.get("rotate") == "fold",
     )
     write_text(folder / "README.md", card)
     writer.finish(config, texts=source.folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.quantization import run_quantization
 
 
 @click.command("merge")

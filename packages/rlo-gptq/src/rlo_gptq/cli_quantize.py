@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from rlo_gptq.quantization import run_quantization as run_quantization
 from rlo_gptq.settings import METHODS, LayerSettings, TuneSettings
 
 if TYPE_CHECKING:
-    from rlo_gptq.pipeline import Options, Progress
+    from rlo_gptq.options import Options
 
 _MB = 1e6
 
@@ -118,7 +117,9 @@ def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], 
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--percdamp", type=click.FloatRange(min=0), default=0.01, show_default=True)
 @click.option(
-    "--npasses", type=click.IntRange(min=0), help="Greedy passes; by default what pays: 10."
+    "--npasses",
+    type=click.IntRange(min=0),
+    help="Greedy passes; by default up to 10 for ldlqRG, allbal and ldlbal_admm, 0 for the others.",
 )
 @both_spellings("pre-gptqH", "pre_gptqh", is_flag=True, help="Always on here; see --percdamp.")
 @both_spellings("pre-rescale", is_flag=True, help="Rescale columns before rounding.")
@@ -268,7 +269,7 @@ def quantize(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    from rlo_gptq.pipeline import Options
+    from rlo_gptq.options import Options
 
     options = Options(
         model=model,
@@ -382,181 +383,3 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
         else:
             shown = str(value)
         click.echo(f"{name.replace('_', ' '):28} {shown}")
-
-
-def run_quantization(
-    options: Options,
-    folder: Path,
-    *,
-    device: str = "auto",
-    progress: bool | None = None,
-    base: str | None = None,
-) -> dict[str, Any] | None:
-    """Quantize, with a run's files and a report beside the checkpoint.
-
-    Args:
-        options: What to do.
-        folder: The checkpoint's folder.
-        device: "auto", "cpu", "cuda", ...
-        progress: Show progress on stderr; by default if it is a terminal.
-        base: The original model's name for the model card, if not that in `options`.
-
-    Returns:
-        The summary; None in all processes but the first.
-    """
-    from rlo_core.report import write_report
-    from rlo_core.runs import Run, read_run
-
-    from rlo_gptq.checkpoint import weight_files, write_checkpoint
-    from rlo_gptq.pipeline import quantize_model
-    from rlo_gptq.plan import Plan
-    from rlo_gptq.processes import join_processes
-    from rlo_gptq.work import WorkFolder
-
-    begin = time.perf_counter()
-    runs: list[Run] = []
-    plans: list[Plan] = []
-    with join_processes(device) as processes:
-        shown = sys.stderr.isatty() if progress is None else progress
-        bar = _Bar(runs) if processes.first and shown else _Log(runs)
-
-        def start(plan: Plan, work: WorkFolder, data: dict[str, Any]) -> None:
-            plans.append(plan)
-            if work.done:
-                return
-            layer = options.layer.to_dict()
-            named = {"model": base or options.model, "dataset": options.dataset}
-            runs.append(
-                Run.create(
-                    folder,
-                    kind="gptq quantize",
-                    options={**named, **work.decisions, "layer": layer},
-                    seed=options.seed,
-                    data=data,
-                )
-            )
-
-        with bar:
-            result = quantize_model(
-                options,
-                folder,
-                processes,
-                progress=cast("Progress", bar),
-                on_start=start,
-                finish=lambda work, source, layout: write_checkpoint(
-                    work,
-                    source,
-                    layout,
-                    options.layer,
-                    base=base or options.model,
-                    dataset=options.dataset,
-                ),
-            )
-        if not processes.first:
-            return None
-        if not runs:  # it was complete already
-            return {**read_run(folder)["summary"], "already_done": True}
-        worst = max(result.records, key=lambda record: float(record["proxy"]))
-        weights = [record["rows"] * record["columns"] for record in result.records]
-        document = {
-            "folder": str(folder),
-            "layers": len(result.records),
-            "bits": options.layer.bits,
-            "bits_per_weight": plans[0].summary["bits_per_weight"],
-            "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
-            "worst_proxy": worst["proxy"],
-            "worst_layer": worst["layer"],
-            "bytes": sum(file.stat().st_size for file in weight_files(folder)),
-            "quantized_parameters": sum(weights),
-            **_tuned(result.tuned),
-            "resumed_blocks": result.resumed,
-            "seconds": round(time.perf_counter() - begin, 3),
-        }
-        columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
-        by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
-        table = [{key: record[key] for key in columns} for record in by_error]
-        runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
-        write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
-        return document
-
-
-def _tuned(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the mean error of the finetuned blocks, before and after; empty without any."""
-    names = {"block_error_before": "error_before", "block_error_after": "error_after"}
-    if not records:
-        return {}
-    return {name: sum(r[key] for r in records) / len(records) for name, key in names.items()}
-
-
-class _Log:
-    """Writes every layer into `metrics.jsonl` and shows nothing."""
-
-    def __init__(self, runs: list[Any]) -> None:
-        self.runs = runs
-        self.index = 0
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def block(self, index: int, count: int, status: str) -> None:
-        """A block begins."""
-
-    def layer(self, record: dict[str, Any]) -> None:
-        """A layer is there."""
-        for run in self.runs:
-            run.log(step=self.index, kind=record["layer"].rpartition(".")[2], **record)
-        self.index += 1
-
-    def tuned(self, record: dict[str, Any]) -> None:
-        """A block is finetuned."""
-        for run in self.runs:
-            run.log(step=self.index, kind="block", **record)
-        self.index += 1
-
-
-class _Bar(_Log):
-    """The same, and a progress bar with the last layer's error and time on stderr."""
-
-    def __init__(self, runs: list[Any]) -> None:
-        super().__init__(runs)
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("block {task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.task = self.bar.add_task("quantize", total=None)
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def block(self, index: int, count: int, status: str) -> None:
-        """Move the bar."""
-        self.bar.update(self.task, completed=index, total=count, description=status)
-
-    def layer(self, record: dict[str, Any]) -> None:
-        """Print the layer above the bar."""
-        super().layer(record)
-        self.bar.console.print(
-            f"{record['layer']:48} {record['rows']:>6} x {record['columns']:<6} proxy loss "
-            f"{record['proxy']:.5f}  {record['seconds']:.2f} s"
-        )
-
-    def tuned(self, record: dict[str, Any]) -> None:
-        """Print the block above the bar."""
-        super().tuned(record)
-        self.bar.console.print(
-            f"{record['block']:48} tuned: error {record['error_before']:.5f} -> "
-            f"{record['error_after']:.5f}  {record['seconds']:.2f} s"
-        )

@@ -20,7 +20,8 @@ from rlo_core.runs import Run
 from torch import Tensor
 
 from rlo_gptq.checkpoint import load, weight_files, write_checkpoint
-from rlo_gptq.pipeline import Options, quantize_model
+from rlo_gptq.options import Options
+from rlo_gptq.pipeline import quantize_model
 from rlo_gptq.processes import Processes
 from rlo_gptq.settings import LayerSettings
 

@@ -24,7 +24,7 @@ from rlo_gptq.checkpoint import load, read_quantization, weight_files
 from rlo_gptq.experts import SplitExperts
 from rlo_gptq.hf_quantizer import METHOD
 from rlo_gptq.loftq import AdapterError, adapted_layers
-from rlo_gptq.pipeline import Options
+from rlo_gptq.options import Options
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings, TuneSettings
 from rlo_gptq.shards import ShardWriter

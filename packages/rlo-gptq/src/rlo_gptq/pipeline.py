@@ -8,9 +8,9 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rlo_core.errors import RLOError
@@ -29,81 +29,25 @@ from rlo_gptq.calibrate import (
     sample_sequences,
     token_ids,
 )
-from rlo_gptq.experts import SplitExperts
 from rlo_gptq.fold_checkpoint import fold_checkpoint
 from rlo_gptq.hessian import CalibrationError
 from rlo_gptq.layer import quantize_layer
 from rlo_gptq.models import Layout, split_all_experts
+from rlo_gptq.options import PLAIN, layer_seed
+from rlo_gptq.options import Options as Options
 from rlo_gptq.plan import Plan, discover
 from rlo_gptq.processes import Processes
+from rlo_gptq.progress import Progress
 from rlo_gptq.quant_linear import QuantLinear
-from rlo_gptq.settings import LayerSettings, TuneSettings
 from rlo_gptq.source import ModelSource, find_model, release, require_filled
-from rlo_gptq.token_weights import PLAIN, sequence_weights, tail, weighting_link
+from rlo_gptq.stages import linear_of, stages
+from rlo_gptq.token_weights import sequence_weights, tail, weighting_link
 from rlo_gptq.tune import dense_outputs, restore_norms, tune_block
 from rlo_gptq.work import WorkFolder
-
-EXPERT_HESSIAN_BYTES = 1 << 30
-"""Experts are calibrated together as far as their Hessians fit into this."""
 
 
 class LayerError(RLOError):
     """A layer that cannot be quantized."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything a user decides of one quantization.
-
-    Args:
-        model: A folder, a GGUF file or a hub name.
-        dataset: What `rlo_core.text.load_text` takes; its training split, or its validation split
-            where there is no training split.
-        layer: How each layer is rounded.
-        nsamples: Calibration sequences.
-        seqlen: Tokens in each; None is the model's length, at most 2048.
-        seed: Of the sequences, the transforms and stochastic rounding.
-        true_sequential: Inside a block, later layers see the earlier ones quantized.
-        skip: Patterns of full layer names that stay as they are.
-        dtype: In which blocks are run.
-        offload: Keep activations in a file.
-        trust_remote_code: Let transformers run code from the model's folder.
-        split: Of the data set; None for "train", else "validation".
-        hessian: "plain", or a loss spec by whose slope calibration tokens are weighted.
-        hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
-        rotate: "fold" folds random rotations into the weights before anything else.
-        tune: Finetune each block's scales and norms against its dense output; None does not.
-    """
-
-    model: str
-    dataset: str
-    layer: LayerSettings
-    nsamples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
-    true_sequential: bool = True
-    skip: tuple[str, ...] = ()
-    dtype: str = "float32"
-    offload: bool = False
-    trust_remote_code: bool = False
-    split: str | None = None
-    hessian: str = PLAIN
-    hessian_energy: bool = False
-    rotate: str | None = None
-    tune: TuneSettings | None = None
-
-
-class Progress(Protocol):
-    """What is told of the progress."""
-
-    def block(self, index: int, count: int, status: str) -> None:
-        """A block begins: "quantize", or "replay" for one that is finished already."""
-
-    def layer(self, record: dict[str, Any]) -> None:
-        """A layer is quantized."""
-
-    def tuned(self, record: dict[str, Any]) -> None:
-        """A block is finetuned."""
 
 
 @dataclass
@@ -125,12 +69,6 @@ class Result:
     layout: Layout
     seqlen: int
     data: dict[str, Any]
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """Return the seed of a layer's transform, in [0, 2^63): the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def load_calibration(
@@ -196,7 +134,7 @@ def quantize_model(
         sequences, data = load_calibration(options, source, plan.seqlen)
         tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
         decisions = {
-            **{k: v for k, v in asdict(options).items() if k not in _NOT_DECIDING},
+            **options.decisions(),
             "seqlen": plan.seqlen,
             "weights": source.fingerprint(),
             "tokens": tokens,
@@ -220,10 +158,6 @@ def quantize_model(
         return Result(run.records, run.tuned, run.resumed, plan.layout, plan.seqlen, data)
     finally:
         source.close()
-
-
-# Where a model is, how its activations are kept and what may be executed does not change a code.
-_NOT_DECIDING = {"model", "dataset", "offload", "trust_remote_code", "split"}
 
 
 @dataclass
@@ -477,7 +411,7 @@ class _Run:
             if number not in owned:
                 continue
             begin = time.perf_counter()
-            linear = _linear(block, layer)
+            linear = linear_of(block, layer)
             # One rotation for all layers that read the same input.
             seed = layer_seed(self.options.seed, f"{name}.{first}")
             try:
@@ -505,7 +439,7 @@ class _Run:
                 )
             else:
                 received = self.processes.broadcast({}, owner)
-                module, record = self._empty_like(_linear(block, layer)), received["record"]
+                module, record = self._empty_like(linear_of(block, layer)), received["record"]
                 module.load_state_dict(received["state"], assign=True)
             results[layer] = module
             records.append(record)
@@ -525,7 +459,7 @@ class _Run:
     def _use(self, block: nn.Module, packed: dict[str, QuantLinear]) -> None:
         """Put the dequantised weights into the block: what is packed is what later layers see."""
         for layer, module in packed.items():
-            linear = _linear(block, layer)
+            linear = linear_of(block, layer)
             linear.weight.data = module.dequantize().to(linear.weight)
 
     def _tensors(
@@ -548,7 +482,7 @@ class _Run:
         with safe_open(self.work.part(part), framework="pt", device=str(self.device)) as stored:
             names = set(stored.keys())
             for layer in self._layers_in(names, name):
-                module = self._empty_like(_linear(block, layer))
+                module = self._empty_like(linear_of(block, layer))
                 state = {
                     child: stored.get_tensor(f"{name}.{layer}.{child}")
                     for child in module.state_dict()
@@ -561,44 +495,3 @@ class _Run:
     def _layers_in(self, names: set[str], block: str) -> list[str]:
         index = int(block.rpartition(".")[2])
         return [n for n in self.layout.linears[index] if f"{block}.{n}.scales" in names]
-
-
-def stages(block: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
-    """Return groups that are calibrated in one pass: each alone, but experts of one kind together.
-
-    A group alone needs one Hessian at a time. Experts are many and small; one pass over the
-    calibration data for each of them would cost more than their Hessians do.
-    """
-    planned: list[list[Sequence[str]]] = []
-    experts: dict[tuple[str, str], list[Sequence[str]]] = {}
-    for group in groups:
-        where = _experts_of(block, group[0])
-        if where is None:
-            planned.append([group])
-            continue
-        key = (where, group[0].rpartition(".")[2])
-        if key not in experts:
-            experts[key] = []
-        experts[key].append(group)
-    # gate_up before down: in their alphabetical order down would come first.
-    for _, members in sorted(experts.items(), key=lambda item: (item[0][0], item[0][1] == "down")):
-        size = 8 * _linear(block, members[0][0]).in_features ** 2
-        step = max(1, EXPERT_HESSIAN_BYTES // size)
-        planned += [members[start : start + step] for start in range(0, len(members), step)]
-    return planned
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)  # the layout names nothing else
-    return linear
-
-
-def _experts_of(block: nn.Module, name: str) -> str | None:
-    """Return the path of the expert list that a layer is in, or None."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        path = ".".join(parts[:end])
-        if isinstance(block.get_submodule(path), SplitExperts):
-            return path
-    return None

@@ -16,7 +16,7 @@ from rlo_gptq.quant_linear import groups_of
 from rlo_gptq.rounding.methods import rounding_bytes
 
 if TYPE_CHECKING:
-    from rlo_gptq.pipeline import Options
+    from rlo_gptq.options import Options
     from rlo_gptq.source import ModelSource
 
 LONGEST_DEFAULT = 2048

@@ -23,8 +23,6 @@ from transformers import PreTrainedModel
 
 from rlo_gptq.hessian import CalibrationError
 
-PLAIN = "plain"
-
 
 def weighting_link(spec: str) -> Link:
     """Return the link of a loss spec, by whose slope tokens are weighted.

@@ -1,0 +1,67 @@
+"""Everything a user decides of one quantization; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlo_gptq.settings import LayerSettings, TuneSettings
+
+PLAIN = "plain"
+"""The Hessian of unweighted tokens."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user decides of one quantization.
+
+    Args:
+        model: A folder, a GGUF file or a hub name.
+        dataset: What `rlo_core.text.load_text` takes; its training split, or its validation split
+            where there is no training split.
+        layer: How each layer is rounded.
+        nsamples: Calibration sequences.
+        seqlen: Tokens in each; None is the model's length, at most 2048.
+        seed: Of the sequences, the transforms and stochastic rounding.
+        true_sequential: Inside a block, later layers see the earlier ones quantized.
+        skip: Patterns of full layer names that stay as they are.
+        dtype: In which blocks are run.
+        offload: Keep activations in a file.
+        trust_remote_code: Let transformers run code from the model's folder.
+        split: Of the data set; None for "train", else "validation".
+        hessian: "plain", or a loss spec by whose slope calibration tokens are weighted.
+        hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
+        rotate: "fold" folds random rotations into the weights before anything else.
+        tune: Finetune each block's scales and norms against its dense output; None does not.
+    """
+
+    model: str
+    dataset: str
+    layer: LayerSettings
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    true_sequential: bool = True
+    skip: tuple[str, ...] = ()
+    dtype: str = "float32"
+    offload: bool = False
+    trust_remote_code: bool = False
+    split: str | None = None
+    hessian: str = PLAIN
+    hessian_energy: bool = False
+    rotate: str | None = None
+    tune: TuneSettings | None = None
+
+    def decisions(self) -> dict[str, Any]:
+        """Return what decides the codes: not where the model is, nor how activations are kept."""
+        deciding = asdict(self)
+        for name in ("model", "dataset", "offload", "trust_remote_code", "split"):
+            del deciding[name]
+        return deciding
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Return the seed of a layer's transform, in [0, 2^63): the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

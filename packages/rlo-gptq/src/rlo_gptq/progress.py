@@ -1,0 +1,92 @@
+"""What is told of a quantization while it goes on: a log, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """What is told of the progress."""
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """A block begins: "quantize", or "replay" for one that is finished already."""
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """A layer is quantized."""
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        """A block is finetuned."""
+
+
+class Log:
+    """Writes every layer into `metrics.jsonl` and shows nothing."""
+
+    def __init__(self, runs: list[Any]) -> None:
+        self.runs = runs
+        self.index = 0
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """A block begins."""
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """A layer is there."""
+        for run in self.runs:
+            run.log(step=self.index, kind=record["layer"].rpartition(".")[2], **record)
+        self.index += 1
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        """A block is finetuned."""
+        for run in self.runs:
+            run.log(step=self.index, kind="block", **record)
+        self.index += 1
+
+
+class Bar(Log):
+    """The same, and a progress bar with the last layer's error and time on stderr."""
+
+    def __init__(self, runs: list[Any]) -> None:
+        super().__init__(runs)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("block {task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task("quantize", total=None)
+
+    def __enter__(self) -> Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def block(self, index: int, count: int, status: str) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=index, total=count, description=status)
+
+    def layer(self, record: dict[str, Any]) -> None:
+        """Print the layer above the bar."""
+        super().layer(record)
+        self.bar.console.print(
+            f"{record['layer']:48} {record['rows']:>6} x {record['columns']:<6} proxy loss "
+            f"{record['proxy']:.5f}  {record['seconds']:.2f} s"
+        )
+
+    def tuned(self, record: dict[str, Any]) -> None:
+        """Print the block above the bar."""
+        super().tuned(record)
+        self.bar.console.print(
+            f"{record['block']:48} tuned: error {record['error_before']:.5f} -> "
+            f"{record['error_after']:.5f}  {record['seconds']:.2f} s"
+        )
