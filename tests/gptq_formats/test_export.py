@@ -10,6 +10,8 @@ from rlo_gptq.cli import main
 from rlo_gptq.export import export_checkpoint
 from rlo_gptq.formats.gptq import FormatError, unpack_layer
 from rlo_gptq.importing import import_checkpoint
+from rlo_gptq.source import save_tensors
+from rlo_gptq.validation import CheckpointError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -110,17 +112,59 @@ def test_a_checkpoint_of_another_method_is_not_imported(make_checkpoint, tmp_pat
         import_checkpoint(make_checkpoint(), tmp_path / "out")
 
 
-def test_act_order_with_groups_is_refused_by_name(make_checkpoint, tmp_path):
+def test_an_act_order_checkpoint_is_imported_with_its_columns_permuted(make_checkpoint, tmp_path):
+    """The columns of a group may be anywhere; the oracle is the format's own formula."""
+    export_checkpoint(make_checkpoint(group_size=32, sym=False), tmp_path / "gptq", format="gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [name for name in tensors if name.endswith(".g_idx") and ".1." in name]
+    for name in shuffled:
+        groups = tensors[name]
+        tensors[name] = groups[torch.randperm(len(groups), generator=generator)].contiguous()
+    save_tensors(file, tensors)
+    import_checkpoint(tmp_path / "gptq", tmp_path / "mine")
+    model = rlo_gptq.load(tmp_path / "mine")
+    x = torch.randn(3, 64, generator=generator)
+    for layer in (LAYER, LAYER.replace(".1.", ".0.")):
+        parts = {p: tensors[f"{layer}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx")}
+        expected = unpack_layer(layer, parts, bits=2, checkpoint_format="gptq_v2").dequantize()
+        module = model.get_submodule(layer)
+        assert torch.equal(module.dequantize(), expected)
+        torch.testing.assert_close(module(x), x @ expected.T)
+    again = export_checkpoint(tmp_path / "mine", tmp_path / "again", format="gptq")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.checkpoint_format == "gptq_v2"
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    config = json.loads((tmp_path / "again" / "quantize_config.json").read_text())
+    assert config["desc_act"] is True
+    with pytest.raises(FormatError, match="mlp.*groups must be runs of equal length"):
+        export_checkpoint(tmp_path / "mine", tmp_path / "ct", format="compressed-tensors")
+
+
+def test_groups_of_different_lengths_are_refused_by_name(make_checkpoint, tmp_path):
     export_checkpoint(make_checkpoint(group_size=32), tmp_path / "gptq", format="gptq")
     file = tmp_path / "gptq" / "model.safetensors"
     tensors = load_file(file)
-    tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"].flip(0).contiguous()
-    from rlo_gptq.source import save_tensors
-
+    tensors[f"{LAYER}.g_idx"][:5] = 1
     save_tensors(file, tensors)
     with pytest.raises(FormatError, match=f"{LAYER}.*groups must be runs of equal length"):
         import_checkpoint(tmp_path / "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_order_that_is_no_permutation_is_refused_by_name(make_checkpoint, tmp_path):
+    export_checkpoint(make_checkpoint(group_size=32), tmp_path / "gptq", format="gptq")
+    file = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"].flip(0).contiguous()
+    save_tensors(file, tensors)
+    import_checkpoint(tmp_path / "gptq", tmp_path / "mine")
+    tensors = load_file(tmp_path / "mine" / "model.safetensors")
+    tensors[f"{LAYER}.order"][0] = 10**6
+    save_tensors(tmp_path / "mine" / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=f"tensor '{LAYER}.order' must hold each of 0..63"):
+        rlo_gptq.load(tmp_path / "mine")
 
 
 def test_the_command_exports_and_verifies_in_transformers(make_checkpoint, tmp_path):

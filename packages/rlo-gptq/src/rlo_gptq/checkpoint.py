@@ -46,6 +46,7 @@ def quantization_config(
     blocks: str,
     modules: Mapping[str, list[int] | None],
     experts: bool = False,
+    permuted: bool = False,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json; see `RLOGPTQConfig` for the fields."""
     return {
@@ -55,6 +56,7 @@ def quantization_config(
         "blocks": blocks,
         "modules": dict(modules),
         "split_experts": experts,
+        **({"permuted": True} if permuted else {}),  # other readers need to know only then
     }
 
 

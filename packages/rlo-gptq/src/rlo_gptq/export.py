@@ -145,9 +145,11 @@ class _Checkpoint:
         else:
             zeros = torch.full_like(scales, symmetric_zero(bits, integer=True))
         group_of = column_groups(columns, self.settings.group_size)
-        return GridLayer(
-            unpack_codes(tensors[f"{name}.weight"], bits, columns), scales, zeros, group_of, bits
-        )
+        codes = unpack_codes(tensors[f"{name}.weight"], bits, columns)
+        if f"{name}.order" in tensors:  # each column back to its input, and its group with it
+            back = torch.argsort(tensors[f"{name}.order"])
+            codes, group_of = codes[:, back], group_of[back]
+        return GridLayer(codes, scales, zeros, group_of, bits)
 
     def write(self, out: Path, format: ExportFormat) -> tuple[CheckpointFormat | None, int, int]:
         """Write shards, index and configuration; return the GPTQ version, layers and bytes."""
@@ -205,6 +207,7 @@ class _Checkpoint:
             symmetric=symmetric,
             checkpoint_format=version_,
             percdamp=settings.percdamp,
+            permuted=self.config.permuted,
             quantized=list(self.config.modules) if len(skipped) > 1 else None,
             skipped=[name for name in skipped if name != "lm_head"],
         )
@@ -261,6 +264,7 @@ def gptq_config(
     symmetric: bool,
     checkpoint_format: CheckpointFormat,
     percdamp: float,
+    permuted: bool,
     quantized: Sequence[str] | None,
     skipped: Sequence[str],
 ) -> dict[str, Any]:
@@ -272,6 +276,7 @@ def gptq_config(
         symmetric: Whether all zeros are 2^(bits-1).
         checkpoint_format: "gptq" or "gptq_v2".
         percdamp: Damping, as a fraction.
+        permuted: Whether groups are not runs of columns, as after act-order.
         quantized: Names inside a block of the quantized layers, if some are left out.
         skipped: Full names of the layers inside the blocks that are left out.
     """
@@ -279,7 +284,7 @@ def gptq_config(
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
-        "desc_act": False,
+        "desc_act": permuted,
         "sym": symmetric,
         "true_sequential": True,
         "damp_percent": min(max(percdamp, 1e-6), 0.99),

@@ -47,6 +47,7 @@ class RLOGPTQConfig(QuantizationConfigMixin):
             it is quantized, or None for all.
         version: Of the format.
         split_experts: Whether fused experts became lists of linear layers.
+        permuted: Whether layers store their columns in an order of their own, see `QuantLinear`.
         quant_method: "rlo-gptq".
 
     Raises:
@@ -61,6 +62,7 @@ class RLOGPTQConfig(QuantizationConfigMixin):
         *,
         version: int = VERSION,
         split_experts: bool = False,
+        permuted: bool = False,
         quant_method: str = METHOD,
     ) -> None:
         require(version == VERSION, f"version must be {VERSION}, got {version!r}; update rlo-gptq")
@@ -83,13 +85,15 @@ class RLOGPTQConfig(QuantizationConfigMixin):
         self.blocks = blocks
         self.modules = dict(modules)
         self.split_experts = bool(split_experts)
+        self.permuted = bool(permuted)
 
     @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Build the config from config.json's object, refusing names that are not known."""
-        known = {"settings", "blocks", "modules", "version", "split_experts", "quant_method"}
+        known = {"settings", "blocks", "modules", "version", "split_experts", "permuted"}
+        known.add("quant_method")
         unknown = sorted(set(config_dict) - known)
         require(not unknown, f"quantization_config has unknown fields {', '.join(unknown)}")
         missing = sorted({"settings", "blocks", "modules"} - set(config_dict))
@@ -155,6 +159,7 @@ def swap_linears(model: PreTrainedModel, config: RLOGPTQConfig, dtype: torch.dty
                 bias=linear.bias is not None,
                 dtype=dtype,
                 device="meta",
+                permuted=config.permuted,
             )
             parent, _, child = full.rpartition(".")
             setattr(model.get_submodule(parent), child, quantized)

@@ -5,7 +5,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def import_checkpoint(folder: Path, out: Path) -> Imported:
         out: The new folder; must not exist, or be empty.
 
     Raises:
-        FormatError: it is not a GPTQ checkpoint, or one of a form that ours cannot hold (act-order
-            with groups that are not runs of columns); nothing is left behind.
+        FormatError: it is not a GPTQ checkpoint, or one of a form that ours cannot hold (groups of
+            different lengths in one layer); nothing is left behind.
     """
     check_folder(folder)
     config = read_object(folder / "config.json")
@@ -113,6 +113,8 @@ def _write(
         parts = {p: read(f"{name}.{p}") for p in _PARTS if f"{name}.{p}" in where}
         return unpack_layer(name, parts, bits=bits, checkpoint_format=checkpoint_format)
 
+    permuted = False
+
     widths = linear_widths(folder)
     blocks, modules = _module_table(layers, widths)
     sym, sizes = True, set()
@@ -124,7 +126,9 @@ def _write(
                 f"got {layer.codes.shape[1]}"
             )
         sym = sym and is_symmetric(layer)
-        sizes.add(group_size_of(name, layer))
+        ordered, order = in_runs(layer)
+        permuted = permuted or order is not None
+        sizes.add(group_size_of(name, ordered))
     if len(sizes) > 1:
         raise FormatError(f"layers must share one group size, got {sorted(sizes)}")
     settings = LayerSettings(
@@ -138,18 +142,37 @@ def _write(
             if f"{owner}.qweight" not in where or part == "bias":
                 new[name] = read(name)
             elif part == "qweight":
-                new.update(_packed(owner, layer_of(owner), settings))
+                new.update(_packed(owner, layer_of(owner), settings, permuted=permuted))
         writer.add(file, new)
-    quantization = quantization_config(settings, blocks=blocks, modules=modules)
+    quantization = quantization_config(settings, blocks=blocks, modules=modules, permuted=permuted)
     writer.finish({**config, "quantization_config": quantization}, texts=folder)
     return settings, len(layers)
 
 
-def _packed(name: str, layer: GridLayer, settings: LayerSettings) -> dict[str, Tensor]:
+def in_runs(layer: GridLayer) -> tuple[GridLayer, Tensor | None]:
+    """Return the layer with each group's columns side by side, and their order if it changed.
+
+    GPTQ with act-order numbers groups in the order in which columns were rounded, so that the
+    columns of a group are anywhere.
+    """
+    order = torch.argsort(layer.group_of, stable=True)
+    if torch.equal(order, torch.arange(len(order))):
+        return layer, None
+    moved = replace(layer, codes=layer.codes[:, order], group_of=layer.group_of[order])
+    return moved, order
+
+
+def _packed(
+    name: str, layer: GridLayer, settings: LayerSettings, *, permuted: bool
+) -> dict[str, Tensor]:
+    layer, order = in_runs(layer)
     tensors = {
         f"{name}.weight": pack_codes(layer.codes, settings.bits),
         f"{name}.scales": layer.scales.to(getattr(torch, settings.scale_dtype)),
     }
+    if permuted:
+        natural = torch.arange(layer.codes.shape[1])
+        tensors[f"{name}.order"] = (natural if order is None else order).to(torch.int32)
     if not settings.sym:
         tensors[f"{name}.zeros"] = layer.zeros.to(getattr(torch, settings.scale_dtype))
     return tensors

@@ -133,6 +133,9 @@ class QuantLinear(nn.Linear):
         bias: Whether there is a bias.
         dtype: Of the bias.
         device: Where the tensors are made.
+        permuted: Whether columns are stored in another order than inputs come in, as in a GPTQ
+            checkpoint with act-order, whose groups are no runs of columns; adds the buffer `order`
+            (int32, (in,)): stored column j belongs to input `order[j]`.
 
     Scales and zeros have `settings.scale_dtype`.
     """
@@ -146,6 +149,7 @@ class QuantLinear(nn.Linear):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        permuted: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make the dense weight
         self.in_features = in_features
@@ -162,7 +166,10 @@ class QuantLinear(nn.Linear):
             "zeros": None,
             "input_scale": None,
             "seed": None,
+            "order": None,
         }
+        if permuted:
+            tensors["order"] = torch.arange(in_features, dtype=torch.int32, device=device)
         if not settings.sym:
             tensors["zeros"] = torch.zeros(out_features, groups, dtype=scale_dtype, device=device)
         if settings.rescale:
@@ -183,6 +190,7 @@ class QuantLinear(nn.Linear):
     zeros: Tensor | None
     input_scale: Tensor | None
     seed: Tensor | None
+    order: Tensor | None
 
     def reset_parameters(self) -> None:
         """Do nothing: there are no weights to draw at random."""
@@ -307,6 +315,8 @@ class QuantLinear(nn.Linear):
             inner = inner * self.input_scale.to(x.dtype)
         if transform is not None:
             inner = transform.apply_input(inner)
+        if self.order is not None:
+            inner = inner.index_select(-1, self.order)
         flat = inner.reshape(-1, self.in_features)
         y: Tensor = (
             self._packed_matmul(flat)
@@ -350,6 +360,8 @@ class QuantLinear(nn.Linear):
         transform = self.transform
         for start, stop in _tiles(self.out_features, self.in_features):
             tile = rows(start, stop)
+            if self.order is not None:
+                tile = torch.empty_like(tile).index_copy_(1, self.order.long(), tile)
             dense[start:stop] = tile if transform is None else transform.apply_input_T(tile)
         if transform is not None:
             dense = transform.apply_output_T(dense.T).T if transform.sides == "both" else dense

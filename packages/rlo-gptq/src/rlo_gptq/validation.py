@@ -25,6 +25,7 @@ _NAMES = {
     torch.float32: ("F32",),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_PACKED = ("weight", *KEPT_DTYPE, "seed", "order")
 _PART = 1 << 22
 _LONGEST = 600
 LARGEST_WEIGHT = 1e30
@@ -148,7 +149,7 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
     """
     found = read_headers(files)
     prefix = f"{model.base_model_prefix}."
-    packed = {f"{name}.{child}" for name in quantized for child in ("weight", *KEPT_DTYPE, "seed")}
+    packed = {f"{name}.{child}" for name in quantized for child in _PACKED}
     tied = set(model.all_tied_weights_keys)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head_name = next((f"{name}.weight" for name, m in model.named_modules() if m is head), None)
@@ -190,6 +191,12 @@ def check_values(name: str, module: QuantLinear) -> None:
             require(bool((tensor > 0).all()), f"tensor '{name}.{child}' must be positive")
     if module.scales.is_meta:
         return
+    if module.order is not None:
+        every = torch.arange(module.in_features, device=module.order.device)
+        require(
+            torch.equal(module.order.long().sort().values, every),
+            f"tensor '{name}.order' must hold each of 0..{module.in_features - 1} once",
+        )
     # A finite scale of 1e38 still gives infinite weights.
     most = float(module.scales.abs().max()) * 2**module.bits
     if module.zeros is not None:

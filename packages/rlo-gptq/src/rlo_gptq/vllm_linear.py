@@ -96,6 +96,8 @@ class VLLMConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VLLMConfig:
         """Build it from config.json's `quantization_config`."""
+        if config.get("permuted"):
+            raise ValueError("columns must be in their own order to be served, got act-order's")
         return cls(LayerSettings.from_dict(config["settings"]), config["blocks"], config["modules"])
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
