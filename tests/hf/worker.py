@@ -1,4 +1,8 @@
-"""One process of two: an update and an evaluation, saved by the first. Run by test_processes.py."""
+"""One process of two: an update and an evaluation, saved by the first. Run by test_processes.py.
+
+Modes: "ddp", "fused", "local" (labels are averaged within each process), "fsdp2" (by the Trainer's
+arguments), "accelerate" (FSDP2 by the configuration of `accelerate launch`), "zero1" to "zero3".
+"""
 
 import importlib.util
 import json
@@ -8,6 +12,65 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+import transformers
+
+RATE = 0.5
+
+
+class Grab(transformers.TrainerCallback):
+    """Keeps the gradient of the first update."""
+
+    value = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if kwargs["model"].__class__.__name__ == "DeepSpeedEngine":
+            return
+        gradients = [p.grad for p in kwargs["model"].parameters()]
+        if all(g is not None for g in gradients):
+            self.value = torch.cat([whole(g).flatten().clone() for g in gradients])
+
+
+def whole(gradient):
+    """The whole of a sharded gradient."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
+def options_of(mode, name):
+    """What the Trainer's arguments have beside the common ones."""
+    if mode == "local":
+        return {"average_tokens_across_devices": False}
+    if mode == "fsdp2":
+        wrap = "T5Block" if name == "t5" else "LlamaDecoderLayer"
+        config = {"version": 2, "transformer_layer_cls_to_wrap": [wrap]}
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    if mode.startswith("zero"):
+        config = {
+            "zero_optimization": {"stage": int(mode[4:])},
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+        }
+        # With `use_cpu` accelerate would leave DeepSpeed out without a word.
+        return {
+            "deepspeed": config,
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "use_cpu": False,
+        }
+    return {}
+
+
+def weights(model, mode):
+    """All weights as one vector."""
+    if mode != "zero3":
+        return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    import deepspeed
+
+    parts = []
+    for parameter in model.parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            parts.append(parameter.detach().flatten().clone())
+    return torch.cat(parts)
 
 
 def main(name: str, mode: str, out: str) -> None:
@@ -17,25 +80,19 @@ def main(name: str, mode: str, out: str) -> None:
     spec.loader.exec_module(tiny)
     from rlo_hf import Trainer
 
-    more = {}
-    if mode == "fsdp2":
-        wrap = "T5Block" if name == "t5" else "LlamaDecoderLayer"
-        more = {
-            "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [wrap]},
-        }
     grab = Grab()
     with tempfile.TemporaryDirectory() as folder:
-        args = tiny.arguments(
-            Path(folder),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            per_device_eval_batch_size=2,
-            learning_rate=0.0,
-            **more,
-        )
+        common = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "per_device_eval_batch_size": 2,
+            "learning_rate": 0.0,
+        }
+        args = tiny.arguments(Path(folder), **{**common, **options_of(mode, name)})
+        model = tiny.build(name)
+        before = weights(model, "")
         trainer = Trainer(
-            tiny.build(name),
+            model,
             args,
             tiny.collate,
             tiny.examples(name),
@@ -44,28 +101,18 @@ def main(name: str, mode: str, out: str) -> None:
             linear="fused" if mode == "fused" else "off",
             callbacks=[grab],
         )
-        trainer.train()
-        metrics = trainer.evaluate()
+        metrics = None
+        if mode.startswith("zero"):  # its gradients are in buffers of its own: the step shows them
+            trainer.train()
+            grab.value = (before - weights(model, mode)) / RATE
+        else:
+            trainer.train()
+            metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         torch.save(grab.value, out)
         Path(out).with_suffix(".json").write_text(json.dumps(metrics))
     torch.distributed.destroy_process_group()
 
 
-def full(gradient: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded gradient."""
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-
-
 if __name__ == "__main__":
-    import transformers
-
-    class Grab(transformers.TrainerCallback):
-        value = None
-
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            self.value = torch.cat(
-                [full(p.grad).flatten().clone() for p in kwargs["model"].parameters()]
-            )
-
     main(*sys.argv[1:])
