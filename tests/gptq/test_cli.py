@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import rlo_gptq
+import torch
+import transformers
 from click.testing import CliRunner
 from rlo_core.runs import read_metrics, read_run
 from rlo_gptq.cli import main
@@ -138,6 +141,45 @@ def test_tasks_without_lm_eval_say_what_to_install(made):
         pytest.skip("lm-eval is installed")
     result = run("eval", made[0], "--tasks", "arc_easy", code=1)
     assert "pip install 'rlo-gptq[lm-eval]'" in result.stderr
+
+
+TASK = """
+task: red_or_not
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}, cache_dir: %s}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+metadata: {version: 1}
+"""
+
+
+def test_a_task_of_ones_own_is_evaluated_by_lm_eval(made, tmp_path):
+    """Really run, offline; the oracle is the two choices' summed log-likelihoods."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": q, "choices": [" red", " sun"], "answer": 0} for q in ("the", "a ball")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "red.yaml").write_text(TASK % (data, tmp_path / "cache"))
+    arguments = ["--tasks", "red_or_not", "--include-path", tmp_path / "tasks", "--json"]
+    result = json.loads(run("eval", made[0], *arguments).stdout)["tasks"]["red_or_not"]
+    model = rlo_gptq.load(made[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made[0])
+    right = 0
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:
+            before = len(tokenizer(row["question"])["input_ids"])
+            ids = torch.tensor([tokenizer(row["question"] + choice)["input_ids"]])
+            with torch.no_grad():
+                log = model(ids).logits.log_softmax(-1)[0, before - 1 : -1]
+            scores.append(float(log.gather(1, ids[0, before:, None]).sum()))
+        right += scores[0] > scores[1]
+    assert result["acc,none"] == right / len(rows)
 
 
 @pytest.mark.slow

@@ -37,6 +37,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON document 
 @click.argument("model")
 @click.argument("dataset", required=False)
 @click.option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa.")
+@click.option(
+    "--include-path",
+    "--include_path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder with YAML files of your own tasks, as lm-eval's option of that name.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each task.")
 @click.option(
     "--original",
@@ -54,6 +60,7 @@ def evaluate(
     model: str,
     dataset: str | None,
     tasks: str | None,
+    include_path: Path | None,
     limit: int | None,
     original: str | None,
     split: str | None,
@@ -87,7 +94,12 @@ def evaluate(
             document |= {f"{prefix}{key}": value for key, value in result.items()}
     if tasks is not None:
         document["tasks"] = evaluate_tasks(
-            model, tasks.split(","), limit=limit, device=device, dtype=dtype
+            model,
+            tasks.split(","),
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            include_path=include_path,
         )
     if as_json:
         click.echo(json.dumps(document, indent=2))

@@ -124,9 +124,23 @@ def evaluate_perplexity(
 
 
 def evaluate_tasks(
-    name: str, tasks: Sequence[str], *, limit: int | None, device: str, dtype: str
+    name: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    device: str,
+    dtype: str,
+    include_path: Path | None = None,
 ) -> dict[str, Any]:
     """Return lm-eval's results for a model: for each task its metrics.
+
+    Args:
+        name: A folder or hub name, quantized by us or not.
+        tasks: Names of tasks.
+        limit: Examples of each task; None for all.
+        device: "auto", "cpu", "cuda", ...
+        dtype: Of weights that are not packed, and of activations.
+        include_path: A folder with YAML files of further tasks.
 
     Raises:
         EvaluationError: lm-eval is not installed, or a task fails.
@@ -134,6 +148,7 @@ def evaluate_tasks(
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
             "--tasks needs lm-eval; install it with: pip install 'rlo-gptq[lm-eval]'"
@@ -141,7 +156,11 @@ def evaluate_tasks(
     model, tokenizer, _ = open_model(name, device=device, dtype=dtype)
     try:
         results = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit
+            HFLM(pretrained=model, tokenizer=tokenizer),
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=TaskManager(include_path=None if include_path is None else [include_path]),
+            bootstrap_iters=0,  # their spread takes minutes and is not asked for
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise EvaluationError(f"lm-eval failed: {' '.join(str(error).split())[:300]}") from error
