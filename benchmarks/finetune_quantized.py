@@ -18,11 +18,29 @@ from pathlib import Path
 import torch
 from bench_models import split_stories
 from harness import RESULTS, write_results
+from rlo_gptq.cli_merge import merge_adapter
 from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.evaluate import evaluate_perplexity
 from rlo_gptq.pipeline import Options
 from rlo_gptq.settings import LayerSettings, TuneSettings
 from rlo_hf.finetune import finetune
 from rlo_hf.finetune_options import FinetuneOptions
+
+
+def merge(
+    out: Path, text: Path, train: str, context: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """Merge the adapter with and without tuning; return the perplexities."""
+    found = {}
+    for name, tune in (("perplexity_merged", False), ("perplexity_merged_tuned", True)):
+        folder = out / name
+        changes = {"split": train}
+        merge_adapter(out / "adapter", str(text), folder, changes=changes, tune=tune)
+        measured = evaluate_perplexity(
+            str(folder), str(text), context=context, max_tokens=args.eval_tokens
+        )
+        found[name] = measured["perplexity"]
+    return found
 
 
 def main() -> None:
@@ -34,6 +52,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="*", default=["ce", "rlo:k=5"])
     parser.add_argument("--inits", nargs="*", default=["default"])
     parser.add_argument("--tune", action="store_true", help="finetune blocks before")
+    parser.add_argument("--merge", action="store_true", help="measure the merged model too")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -53,6 +72,8 @@ def main() -> None:
     stories = args.which == "stories260k"
     shape = {"steps": args.steps, "lr": args.lr, "block": args.block, "batch_size": args.batch_size}
     shape |= {"tune": args.tune, "nsamples": args.nsamples}
+    if args.merge:
+        shape["merge"] = True
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         if stories:
@@ -107,12 +128,15 @@ def main() -> None:
                                 lora_init=init,
                                 original=model if init == "loftq" else None,
                             ),
+                            save=out / "adapter",
                         )
+                        merged = merge(out, text, train, context, args) if args.merge else {}
                         keys = ("perplexity_before", "perplexity_after", "eval_tokens")
                         records.append(
                             {
                                 **cell,
                                 **{key: summary[key] for key in keys},
+                                **merged,
                                 "cpu_seconds": round(time.process_time() - cpu, 1),
                             }
                         )
