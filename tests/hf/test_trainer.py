@@ -321,6 +321,22 @@ def test_bfloat16_and_checkpointing_keep_the_gradient(tmp_path, hf, linear):
     assert hf.relative_error(got, expected) < 0.04  # bfloat16 has 3 digits
 
 
+@pytest.mark.parametrize("linear", ["off", "fused"])
+def test_float16_with_a_scaled_loss_keeps_the_gradient(tmp_path, hf, linear):
+    """What fp16=True does on a GPU, by hand: autocast, and the loss times GradScaler's 65,536."""
+    model, rows = hf.build("llama").train(), hf.examples("llama")
+    trainer = Trainer(model, hf.arguments(tmp_path), hf.collate, loss="rlo:k=5", linear=linear)
+    scale = 2.0**16
+    with torch.autocast("cpu", torch.float16):
+        loss = trainer.compute_loss(model, hf.collate(rows))
+    assert loss.dtype == torch.float32
+    (loss * scale).backward()
+    assert trainer.linear_path.startswith("fused" if linear == "fused" else "logits")
+    got = hf.gradients(model) / scale
+    assert got.isfinite().all()
+    assert hf.relative_error(got, hf.expected_gradient("llama", rows, 5.0)) < 0.005
+
+
 def test_the_path_that_runs_is_said_once(tmp_path, hf, caplog):
     rows = hf.examples("llama")
     with caplog.at_level(logging.WARNING, logger="rlo_hf.linear_path"):

@@ -47,10 +47,11 @@ def options_of(mode, name):
         config = {
             "zero_optimization": {"stage": int(mode[4:])},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
         }
-        # With `use_cpu` accelerate would leave DeepSpeed out without a word.
+        _let_deepspeed_onto_cpus()
         return {
             "deepspeed": config,
             "learning_rate": RATE,
@@ -58,6 +59,16 @@ def options_of(mode, name):
             "use_cpu": False,
         }
     return {}
+
+
+def _let_deepspeed_onto_cpus():
+    """accelerate has a backend for several CPU processes, or DeepSpeed, but not both."""
+    from accelerate.state import DistributedType, PartialState
+
+    def backend(self, cpu=False, sagemaker_dp=False, backend=None):
+        return "gloo", DistributedType.MULTI_CPU
+
+    PartialState._prepare_backend = backend
 
 
 def weights(model, mode):
