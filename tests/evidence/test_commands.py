@@ -45,9 +45,10 @@ def images(tmp_path):
     return tmp_path
 
 
-def test_vision_tunes_on_the_first_seed_and_repeats_at_the_best_rate(images):
-    from vision import main
+def test_vision_tunes_on_the_first_seed_and_repeats_at_the_best_rate(images, monkeypatch):
+    import vision
 
+    monkeypatch.setattr(vision, "COST_ROUNDS", 2)
     config = {
         "device": "cpu",
         "train_images": 24,
@@ -69,7 +70,7 @@ def test_vision_tunes_on_the_first_seed_and_repeats_at_the_best_rate(images):
         "step_cost": ["ce", "rlo:k=3"],
         "groups": [{"model": "vit", "noise": [0.5], "losses": ["rlo:k=3"]}],
     }
-    records, page = run(main, config, images, "--data", images)
+    records, page = run(vision.main, config, images, "--data", images)
     cost, *trained = records
     assert set(cost["step_seconds"]) == {"ce", "rlo:k=3"}
     assert [(r["lr"], r["seed"]) for r in trained[:2]] == [(0.001, 0), (0.01, 0)]
