@@ -118,27 +118,35 @@ def vision() -> Figure | None:
 
 
 def language() -> Figure | None:
-    """Finetuning: perplexity of the new text against perplexity of the old one."""
+    """Finetuning: perplexity of the new text against perplexity of the old one.
+
+    What is ten times as high as ce would hide the rest: it is named in the legend instead.
+    """
     found = [r for r in records("language") if r["job"] == "finetune-stories260k"]
     if not found:
         return None
-    figure, axis = plt.subplots(figsize=(6, 3.6))
     by: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for r in found:
-        by[r["loss"] or "before"].append((r["perplexity"]["test"], r["perplexity"]["other"]))
+    for r in chosen([r for r in found if r["loss"]], lambda r: -r["perplexity"]["validation"]):
+        by[r["loss"]].append((r["perplexity"]["test"], r["perplexity"]["other"]))
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    most = 10 * by["ce"][0][0]
     for label, points in by.items():
-        if label != "before":
-            axis.plot(*zip(*points, strict=True), "o", ms=5, label=label)
-    axis.set(xlabel="held-out perplexity, Shakespeare", ylabel="perplexity, TinyStories (before: ")
-    if by["before"]:
-        axis.set_ylabel(f"perplexity, TinyStories (before: {by['before'][0][1]:.2f})")
+        x, y = zip(*points, strict=True)
+        if min(x) < most:
+            axis.plot(x, y, "o", ms=5, label=label)
+        else:
+            note = f"{label}: at {statistics.fmean(x):,.0f}, {statistics.fmean(y):,.0f}"
+            axis.plot([], [], " ", label=note)
+    before = [r["perplexity"]["other"] for r in found if r["loss"] is None]
+    note = f" (before: {before[0]:.2f})" if before else ""
+    axis.set(xlabel="held-out perplexity, Shakespeare", ylabel=f"perplexity, TinyStories{note}")
     axis.legend(fontsize=8)
     return figure
 
 
 def quantization() -> Figure | None:
-    """Degradation of the model finetuned with ce and with rlo, for every setting."""
-    found = [r for r in records("quantization") if r["loss"]]
+    """Degradation of the models finetuned with each loss, for every setting, layer by layer."""
+    found = [r for r in records("quantization_layers") if r["loss"]]
     losses = list(dict.fromkeys(r["loss"] for r in found))
     if len(losses) < 2:
         return None
