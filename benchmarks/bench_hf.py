@@ -5,6 +5,7 @@ is for small models with large vocabularies (SmolLM2-135M: 49,152 x 576). One th
 interleaved. Liger's and cut-cross-entropy's kernels are Triton: they do not run on a CPU.
 
     python benchmarks/bench_hf.py [--rounds 12]
+    python benchmarks/bench_hf.py --memory
 """
 
 from __future__ import annotations
@@ -119,32 +120,51 @@ def candidates(only: str | None = None) -> dict[str, Callable[[], object]]:
     return {name: make() for name, make in made.items() if only in (None, name)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=12)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    # Memory first: a child starts with the peak of its parent, which must be small then.
+SHAPE = f"{ROWS}x{LENGTH} tokens, width {WIDTH}, vocabulary {VOCABULARY}, fp32"
+
+
+def measure_memory() -> None:
+    """Write the growth of peak memory over two steps, each candidate in a process of its own."""
     here = __file__.rpartition("/")[0]
-    peaks = {name: peak_memory(MEMORY.format(path=[here], kind=name)) for name in CANDIDATES}
-    steps = candidates()
-    times = compare(steps, rounds=rounds, warmup=1)
+    records = []
+    for name in CANDIDATES:
+        peak = peak_memory(MEMORY.format(path=[here], kind=name))
+        records.append({"candidate": name, "shape": SHAPE, "peak_mb": round(peak / 2**20)})
+        print(records[-1], flush=True)
+    write_results("hf_memory", records)
+
+
+def measure_time(rounds: int) -> None:
+    """Write the process time of a step."""
+    times = compare(candidates(), rounds=rounds, warmup=1)
     base = times["stock ce"]
     records = []
     for name, time in times.items():
         records.append(
             {
                 "candidate": name,
-                "shape": f"{ROWS}x{LENGTH} tokens, width {WIDTH}, vocabulary {VOCABULARY}, fp32",
+                "shape": SHAPE,
+                "rounds": rounds,
                 **{key: round(value, 4) for key, value in time.items()},
                 "ratio": round(time["median"] / base["median"], 4),
                 "ratio_min": round(time["min"] / base["min"], 4),
-                "peak_mb": round(peaks[name] / 2**20),
             }
         )
-        print(records[-1])
+        print(records[-1], flush=True)
     write_results("hf", records)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--memory", action="store_true", help="memory, not time")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    if arguments.memory:
+        measure_memory()
+    else:
+        measure_time(arguments.rounds)
 
 
 if __name__ == "__main__":

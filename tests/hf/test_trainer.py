@@ -234,6 +234,20 @@ def test_predict_returns_logits_labels_and_the_same_metrics(tmp_path, hf):
     assert output.metrics["test_perplexity"] == pytest.approx(math.exp(output.metrics["test_ce"]))
 
 
+@pytest.mark.parametrize("name", ["llama", "bert_sequence"])
+def test_a_prediction_step_returns_the_objective_logits_and_labels(tmp_path, hf, name):
+    model, batch = hf.build(name).eval(), hf.collate(hf.examples(name))
+    trainer = Trainer(model, hf.arguments(tmp_path), hf.collate, loss="rlo:k=5")
+    expected = hf.rooted_mean([hf.scores_and_labels(model, name, batch)], 5.0).item()
+    loss, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(logits, model(**batch).logits)
+    assert torch.equal(labels, batch["labels"])
+    loss, *rest = trainer.prediction_step(model, batch, prediction_loss_only=True)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert rest == [None, None]
+
+
 def test_tuple_outputs_evaluate_to_the_same_logits(tmp_path, hf):
     model, rows = hf.build("bert_sequence"), hf.examples("bert_sequence")
     expected = Trainer(model, hf.arguments(tmp_path), hf.collate).predict(rows).predictions
@@ -409,6 +423,9 @@ def test_wrong_arguments_are_refused(tmp_path, hf):
         Trainer(model, args, linear="on")
     with pytest.raises(RLOError, match=r"^compute_loss_func and loss are the same slot"):
         Trainer(model, args, compute_loss_func=doubled)
+    several = hf.arguments(tmp_path, label_names=["labels", "more"])
+    with pytest.raises(RLOError, match=r"^label_names must be one name, got \['labels', 'more'\]$"):
+        Trainer(model, several)
     smoothed = hf.arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(SpecError, match=r"^label smoothing is given twice, as 0.3 in the loss"):
         Trainer(model, smoothed, loss=RootedLoss(label_smoothing=0.3))
