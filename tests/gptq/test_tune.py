@@ -159,8 +159,9 @@ def test_steps_that_only_harm_leave_every_bit_as_it_was(
     ids=lambda layer: f"{layer.grid}-{layer.incoherence}-{layer.group_size}-{layer.sym}",
 )
 def test_every_grid_can_be_tuned_and_loads(layer, model_folder, text_file, quantize_to, tmp_path):
+    tune = TuneSettings(epochs=8, learning_rate=0.01)
     result = quantize_to(
-        model_folder("llama"), text_file, tmp_path / "q", layer, nsamples=5, tune=TUNE
+        model_folder("llama"), text_file, tmp_path / "q", layer, nsamples=9, tune=tune
     )
     assert all(record["error_after"] <= record["error_before"] for record in result.tuned)
     assert any(record["error_after"] < record["error_before"] for record in result.tuned)
@@ -189,8 +190,9 @@ def test_a_tuned_model_exports_to_what_others_read(model_folder, text_file, quan
 
 @pytest.mark.parametrize("family", ["opt", "gemma3", "qwen3", "gpt-neox", "mixtral"])
 def test_blocks_of_every_kind_can_be_tuned(family, model_folder, text_file, quantize_to, tmp_path):
+    tune = TuneSettings(epochs=6, learning_rate=0.01)
     result = quantize_to(
-        model_folder(family), text_file, tmp_path / "q", LAYER, nsamples=5, tune=TUNE
+        model_folder(family), text_file, tmp_path / "q", LAYER, nsamples=9, tune=tune
     )
     assert all(record["error_after"] <= record["error_before"] for record in result.tuned)
     assert any(record["error_after"] < record["error_before"] for record in result.tuned)
