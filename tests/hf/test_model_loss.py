@@ -109,6 +109,12 @@ def test_a_forward_that_replaces_the_loss_afterwards_is_refused(hf):
         model(torch.tensor([[3, 4]]))
 
 
+def test_question_answering_is_refused(hf):
+    model = transformers.BertForQuestionAnswering(hf.build("bert_mlm").config)
+    with pytest.raises(RLOError, match=r"^BertForQuestionAnswering has two targets per example"):
+        set_loss(model, "rlo")
+
+
 def test_a_model_that_is_no_language_model_is_refused(hf):
     with pytest.raises(RLOError, match=r"^the task of Linear is not known"):
         set_loss(nn.Linear(2, 2), "rlo")
