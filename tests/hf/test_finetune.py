@@ -170,6 +170,50 @@ def test_a_known_failure_is_one_line(folder, tmp_path, words, message):
     assert "Traceback" not in result.output
 
 
+def test_a_gguf_model_is_finetuned_as_a_float_model(folder, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokens[-1] = "ab"  # in the place of a byte that the text does not have: a merge is needed
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # the format interleaves the halves of a head
+            heads = value.unflatten(0, (config.num_attention_heads, 2, -1))
+            value = heads.transpose(1, 2).reshape(value.shape)
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = torch.arange(5, 60).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(path))(ids).logits, model(ids).logits)
+    words = (path, folder / "text.txt", *FAST, "--out", tmp_path / "run", "--json")
+    summary = json.loads(call(*words).stdout)
+    assert summary["perplexity_after"] < 0.5 * summary["perplexity_before"]
+    again = load_model(str(tmp_path / "run" / "model"))
+    assert again.config.model_type == "llama"
+    assert not getattr(again, "is_quantized", False)
+
+
 def test_adapters_are_trained_on_a_quantized_checkpoint(folder, tmp_path):
     pytest.importorskip("rlo_gptq")
     from rlo_gptq.cli import main as gptq

@@ -119,6 +119,9 @@ def _post_head(model: nn.Module, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise HeadError(f"it cannot be tried on four tokens ({error})") from error
     finally:
+        # Under autocast the casts made here have no gradient, and older torch would reuse them in
+        # the training step: weights would stay as they are without a word.
+        torch.clear_autocast_cache()
         for module, training in modes:
             module.training = training
     if shapes != [(1, 4, linear.in_features)]:
