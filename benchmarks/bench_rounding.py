@@ -69,7 +69,7 @@ def speed(m: int, d: int, sample: int, rounds: int) -> dict[str, Any]:
     codes = W.round().clamp(0, 3)
     error = codes - W
     first = round_matrix(weight, H, LayerSettings(bits=2, npasses=0), seed=0)
-    state = start(weight, H, first.codes, first.grid, torch.arange(d))
+    state = start(weight, H, first.codes.to(weight), first.grid, torch.arange(d))
     times = compare(
         {
             "reference feedback": lambda: reference_feedback(W, H, spaced),
