@@ -17,7 +17,6 @@ from rlo_core.files import write_text
 from rlo_gptq.card import model_card
 from rlo_gptq.hf_quantizer import METHOD, VERSION, RLOGPTQConfig, as_error, module_table
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.shards import COPIED as COPIED
 from rlo_gptq.shards import ShardWriter
 from rlo_gptq.validation import (
     check_folder,
