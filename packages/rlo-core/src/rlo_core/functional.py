@@ -201,17 +201,18 @@ def _hard(
     reduction: Reduction,
 ) -> Tensor:
     half = logits.dtype in (torch.float16, torch.bfloat16)
+    compiling = torch.compiler.is_compiling()
     if target.dtype != torch.int64:
         target = target.long()
     kept = target != ignore_index
     class_dim = 1 if logits.dim() > 1 else 0
     if smoothing > 0.0:
-        log_p = F.log_softmax(logits, class_dim, dtype=torch.float32 if half else None)
+        log_p = F.log_softmax(logits, class_dim, dtype=_wide(logits))
         safe = target.masked_fill(~kept, 0)
         ce = -log_p.gather(class_dim, safe.unsqueeze(class_dim)).squeeze(class_dim)
-    elif half or torch.compiler.is_compiling():
+    elif half or compiling:
         safe = target.masked_fill(~kept, 0)
-        function = _CrossEntropy if torch.compiler.is_compiling() else _HalfCrossEntropy
+        function = _CrossEntropy if compiling else _HalfCrossEntropy
         ce = function.apply(logits.movedim(class_dim, -1), safe).masked_fill(~kept, 0.0)
     else:
         safe = target if weight is None else target.masked_fill(~kept, 0)
@@ -225,8 +226,7 @@ def _hard(
         spread = apply_link(-log_p, link).movedim(class_dim, -1)
         spread = spread.mean(-1) if weight is None else (spread * weight).mean(-1)
         loss = loss * (1.0 - smoothing) + spread * smoothing
-    if smoothing > 0.0:  # elsewhere ce is 0 there, and a link of 0 is 0
-        loss = loss.masked_fill(~kept, 0.0)
+        loss = loss.masked_fill(~kept, 0.0)  # without smoothing ce is 0 there, and so is its link
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -242,9 +242,8 @@ def _soft(
     smoothing: float,
     reduction: Reduction,
 ) -> Tensor:
-    half = logits.dtype in (torch.float16, torch.bfloat16)
     class_dim = 1 if logits.dim() > 1 else 0
-    log_p = F.log_softmax(logits, class_dim, dtype=torch.float32 if half else None)
+    log_p = F.log_softmax(logits, class_dim, dtype=_wide(logits))
     target = target.to(log_p.dtype)
     if smoothing > 0.0:
         target = target * (1.0 - smoothing) + smoothing / logits.shape[class_dim]
