@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from rlo_gptq.loftq import AdapterError, adapted_layers
 from rlo_gptq.options import Options
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings, TuneSettings
-from rlo_gptq.shards import ShardWriter
+from rlo_gptq.shards import ShardWriter, new_folder
 from rlo_gptq.work import PLAN_FILE
 
 ADAPTER_FILE = "adapter_config.json"
@@ -144,16 +143,10 @@ def write_merged(adapter: Path, out: Path) -> Path:
     if note.is_file() and json.loads(note.read_text("utf-8")) == origin:
         return out
     model = load_adapted(adapter)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    shutil.rmtree(out, ignore_errors=True)  # made of other files
+    with new_folder(out, AdapterError) as partial:
         _write_model(model, partial)
         write_json(partial / NOTE, origin)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
