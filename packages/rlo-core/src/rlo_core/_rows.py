@@ -62,10 +62,11 @@ def row_loss(
 
 
 class _RowLoss(torch.autograd.Function):
-    """(loss, ce, p) of the logits, ce of shape (N, 1); the caller sees the loss only.
+    """(loss, ce, q) of the logits, ce of shape (N, 1); the caller sees the loss only.
 
-    ce and p are outputs so that backward can save them with their history: written in them it is
-    differentiable again, and the logits themselves need not be kept.
+    q = p - y, with y one-hot, is the gradient of cross entropy: backward has only to scale its
+    rows. ce and q are outputs so that backward can save them with their history: written in them it
+    is differentiable again, and the logits themselves need not be kept.
     """
 
     @staticmethod
@@ -73,7 +74,6 @@ class _RowLoss(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, link: Link, ignore_index: int, reduction: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         index, dropped, picked = target.unsqueeze(1), None, None
-        kept: int | Tensor = len(target)
         by_parts = logits.itemsize == 2 and logits.numel() > SMALL
         source = logits if by_parts else _softmax(logits)
         if ignore_index < 0:
@@ -85,36 +85,40 @@ class _RowLoss(torch.autograd.Function):
             check_labels(target, logits.shape[1], ignore_index)
             dropped = index == ignore_index
             index = index.masked_fill(dropped, 0)
-            kept = len(target) - dropped.sum()
             picked = source.gather(1, index)
-        p, picked = _softmax_by_parts(logits, index) if by_parts else (source, picked)
+        q, picked = _residual_by_parts(logits, index) if by_parts else (source, picked)
         ordinary = picked.min().item() > SMALLEST_P
         unsure = None if ordinary else ~(picked > SMALLEST_P).squeeze(1)  # NaN comes here too
-        ce = picked.log_().neg_()
+        log_p = picked.log_()
         if unsure is not None:
-            z = logits[unsure].to(ce.dtype)
-            ce[unsure] = F.cross_entropy(z, index[unsure, 0], reduction="none").unsqueeze(1)
+            z = logits[unsure].to(log_p.dtype)
+            log_p[unsure] = -F.cross_entropy(z, index[unsure, 0], reduction="none").unsqueeze(1)
+        if not by_parts:
+            q.scatter_(1, index, torch.expm1(log_p))
+        ce = log_p.neg()
         loss = link.value(ce)
         if dropped is not None:
             loss = loss.masked_fill(dropped, 0.0)
         elif loss is ce:  # an output may not be two outputs
             loss = ce.clone()
+        kept: int | Tensor = len(target)
         if reduction == "none":
             loss = loss.squeeze(1)
+        elif dropped is not None:
+            kept = len(target) - dropped.sum()
+            loss = loss.sum() / kept if reduction == "mean" else loss.sum()
         else:
-            loss = loss.sum()
-            if reduction == "mean":
-                loss /= kept
-        ctx.save_for_backward(p, ce, index, dropped)
+            loss = loss.mean() if reduction == "mean" else loss.sum()
+        ctx.save_for_backward(q, ce, index, dropped)
         ctx.options = link, kept, reduction, logits.dtype
         ctx.set_materialize_grads(False)
-        return loss, ce, p
+        return loss, ce, q
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, grad_ce: Tensor | None, grad_p: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_ce: Tensor | None, grad_q: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
-        p, ce, index, dropped = ctx.saved_tensors
+        q, ce, index, dropped = ctx.saved_tensors
         link, kept, reduction, dtype = ctx.options
         if grad is None:
             scale = torch.zeros_like(ce)
@@ -125,13 +129,12 @@ class _RowLoss(torch.autograd.Function):
                 scale = scale.masked_fill(dropped, 0.0)
         if grad_ce is not None:
             scale = scale + grad_ce
-        # p - 1 of the right class, without the digits that the subtraction would lose.
-        at_target = torch.expm1(-ce) * scale
-        if dtype.itemsize == 2 and p.numel() > SMALL and not torch.is_grad_enabled():
-            return _gradient_by_parts(p, index, scale, at_target, dtype), None, None, None, None
-        out = (p * scale).scatter_(1, index, at_target)
-        if grad_p is not None:
-            out = out + p * (grad_p - (p * grad_p).sum(1, keepdim=True))
+        if dtype.itemsize == 2 and q.numel() > SMALL and not torch.is_grad_enabled():
+            return _gradient_by_parts(q, scale, dtype), None, None, None, None
+        out = q * scale
+        if grad_q is not None:
+            p = q.scatter_add(1, index, torch.ones_like(ce, dtype=q.dtype))
+            out = out + p * (grad_q - (p * grad_q).sum(1, keepdim=True))
         return out.to(dtype), None, None, None, None
 
 
@@ -144,37 +147,34 @@ def _softmax(logits: Tensor) -> Tensor:
     return e.div_(e.sum(1, keepdim=True))
 
 
-def _softmax_by_parts(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax of half-precision logits and its entries at `index`, (N, C) and (N, 1).
+def _residual_by_parts(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax - one-hot of half-precision logits, (N, C), and softmax at `index`, (N, 1).
 
-    Computed in float32, and so are the entries. p itself is kept in bfloat16 where the logits are:
+    Computed in float32, and so are the entries. The first is kept in bfloat16 where the logits are:
     that puts the gradient, which is rounded to bfloat16 in the end, within one unit in its last
-    place. float16 has not the range for p.
+    place. float16 has not the range for it.
     """
     kept = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32
-    p = torch.empty(logits.shape, dtype=kept)
+    q = torch.empty(logits.shape, dtype=kept)
     picked = torch.empty(len(logits), 1)
     rows = min(max(1, PART // logits.shape[1]), len(logits))
     # One buffer for all parts: memory asked for anew would be mapped page by page each time.
     buffer = torch.empty(rows, logits.shape[1])
-    parts = (torch.split(tensor, rows) for tensor in (logits, index, p, picked))
-    for logits_, index_, p_, picked_ in zip(*parts, strict=True):
-        q = buffer[: len(p_)].copy_(logits_)
-        torch.softmax(q, 1, out=q)
-        torch.gather(q, 1, index_, out=picked_)
-        p_.copy_(q)
-    return p, picked
+    parts = (torch.split(tensor, rows) for tensor in (logits, index, q, picked))
+    for logits_, index_, q_, picked_ in zip(*parts, strict=True):
+        part = buffer[: len(q_)].copy_(logits_)
+        torch.softmax(part, 1, out=part)
+        torch.gather(part, 1, index_, out=picked_)
+        q_.copy_(part.scatter_(1, index_, picked_ - 1.0))
+    return q, picked
 
 
-def _gradient_by_parts(
-    p: Tensor, index: Tensor, scale: Tensor, at_target: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _gradient_by_parts(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the gradient in half precision, with a part of the rows in float32 at a time."""
-    out = torch.empty(p.shape, dtype=dtype)
-    rows = min(max(1, PART // 2 // p.shape[1]), len(p))
-    buffer = torch.empty(rows, p.shape[1])
-    parts = (torch.split(tensor, rows) for tensor in (p, index, scale, at_target, out))
-    for p_, index_, scale_, at_target_, out_ in zip(*parts, strict=True):
-        part = buffer[: len(p_)].copy_(p_).mul_(scale_)
-        out_.copy_(part.scatter_(1, index_, at_target_))
+    out = torch.empty(q.shape, dtype=dtype)
+    rows = min(max(1, PART // 2 // q.shape[1]), len(q))
+    buffer = torch.empty(rows, q.shape[1])
+    parts = (torch.split(tensor, rows) for tensor in (q, scale, out))
+    for q_, scale_, out_ in zip(*parts, strict=True):
+        out_.copy_(buffer[: len(q_)].copy_(q_).mul_(scale_))
     return out

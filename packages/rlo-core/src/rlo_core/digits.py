@@ -229,9 +229,10 @@ def _show(rows: list[dict[str, Any]], console: Console) -> None:
     from rich.table import Table
 
     title = "Handwritten digits, test images: mean over seeds"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("net", "loss") else "right")
+        words = name in ("net", "loss")
+        table.add_column(name, justify="left" if words else "right", no_wrap=words)
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
     console.print(table)

@@ -111,7 +111,8 @@ class Rooted(_Root):
         return torch.expm1(ce * (-1.0 / self.k)) * -self.multiplier
 
     def slope(self, ce: Tensor) -> Tensor:
-        return torch.exp(ce * (-1.0 / self.k)) * self.scale
+        slope = torch.exp(ce * (-1.0 / self.k))
+        return slope if self.m is None else slope * self.scale
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ class RootedConvex(_Root):
         if self.k == math.inf:  # not isinf: under torch.compile k is symbolic
             return ce * self.scale
         x = ce * (1.0 / self.k)
-        near = torch.expm1(x.clamp(max=CONVEX_LINEAR_FROM))
-        beyond = (x - CONVEX_LINEAR_FROM).clamp(min=0.0) * math.exp(CONVEX_LINEAR_FROM)
-        return ((near + beyond) * self.multiplier).clamp(max=torch.finfo(ce.dtype).max)
+        near = x.clamp(max=CONVEX_LINEAR_FROM)
+        value = torch.add(torch.expm1(near), x - near, alpha=math.exp(CONVEX_LINEAR_FROM))
+        return (value * self.multiplier).clamp(max=torch.finfo(ce.dtype).max)
 
     def slope(self, ce: Tensor) -> Tensor:
-        return torch.exp((ce * (1.0 / self.k)).clamp(max=CONVEX_LINEAR_FROM)) * self.scale
+        slope = torch.exp((ce * (1.0 / self.k)).clamp(max=CONVEX_LINEAR_FROM))
+        return slope if self.m is None else slope * self.scale
 
 
 @dataclass(frozen=True)
