@@ -54,6 +54,13 @@ def test_two_runs_with_the_same_loss_and_seed_are_named_apart(tmp_path: Path) ->
     assert list(panel.lines) == ["ce", "ce (b)"]
 
 
+def test_a_run_without_a_loss_is_a_line_named_by_its_kind(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", kind="quantize")
+    for block in range(2):
+        run.log(block=block, proxy=0.5)
+    assert list(read_panels([tmp_path / "run"])[0].lines) == ["quantize"]
+
+
 class Page(HTMLParser):
     """The words and the elements of a page."""
 

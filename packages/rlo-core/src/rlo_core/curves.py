@@ -3,8 +3,8 @@
 The rule is the same for every host, so that runs of different hosts fit on one page. In a record of
 `metrics.jsonl` text is a label (`split="val"`), a number is a measurement, and the first of
 `INDEX` that is there is the x axis. A panel is one measurement under one set of labels; a line is
-one loss; runs that differ only in their seed are one line with a band from the lowest to the
-highest.
+one loss (or, where a run has none, its kind); runs that differ only in their seed are one line with
+a band from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def read_panels(folders: Sequence[Path]) -> list[Panel]:
                 continue
             x = float(record[index])
             labels = tuple(_labels(record).values())
-            loss = str(record.get("loss") if isinstance(record.get("loss"), str) else run["loss"])
+            given = record.get("loss")
+            loss = given if isinstance(given, str) else str(run["loss"] or run["kind"])
             seed = str(record.get("seed", run.get("seed")))
             for measure, raw in record.items():
                 y = _number(raw)

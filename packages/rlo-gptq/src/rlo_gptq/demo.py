@@ -24,6 +24,7 @@ from rlo_gptq.options import Options
 from rlo_gptq.pipeline import quantize_model
 from rlo_gptq.processes import Processes
 from rlo_gptq.settings import LayerSettings
+from rlo_gptq.source import quiet_loading
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,7 @@ def _train(ids: Tensor, run: Run, console: Console, steps: int) -> transformers.
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step + 1 == steps:
-            run.log(step=step, split="train", loss=loss.item())
+            run.log(step=step, split="train", loss=LOSS, objective=loss.item())
         if step % 50 == 0:
             console.print(f"step {step}/{steps}, {LOSS} {loss.item():.3f}")
     return model
@@ -102,6 +103,7 @@ class _Quiet:
         """A block is finetuned: the demo does none of it."""
 
 
+@quiet_loading()
 def run(run_dir: Path, *, console: Console, steps: int = STEPS) -> dict[str, Any]:
     """Train, quantize, reload and evaluate; returns the summary.
 
@@ -139,7 +141,7 @@ def run(run_dir: Path, *, console: Console, steps: int = STEPS) -> dict[str, Any
         "perplexity_2bit": best["perplexity"],
         "bytes_float": rows[0]["bytes"],
         "bytes_2bit": best["bytes"],
-        "models": rows,
+        "gptq": rows,
     }
     log.finish(**summary)
     return summary

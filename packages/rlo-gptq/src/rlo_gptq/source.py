@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -48,8 +48,8 @@ class SourceError(RLOError):
 
 
 @contextmanager
-def _quiet_loading() -> Any:
-    """Keep transformers from drawing one progress bar for each block."""
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for each block or small model."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -121,7 +121,7 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
@@ -281,7 +281,7 @@ class ModelSource:
             weight_mapping=cast("list[WeightConverter | WeightRenaming]", self._mapping),
         )
         # Files are open only here: pages of a mapped file count as this process's memory.
-        with _quiet_loading(), ExitStack() as stack:
+        with quiet_loading(), ExitStack() as stack:
             files = {at for key in wanted if isinstance(at := self._tensors[key], Path)}
             handles = {at: stack.enter_context(safe_open(at, framework="pt")) for at in files}
             chosen = {
