@@ -145,8 +145,8 @@ def language() -> Figure | None:
 
 
 def quantization() -> Figure | None:
-    """Degradation of the models finetuned with each loss, for every setting, layer by layer."""
-    found = [r for r in records("quantization_layers") if r["loss"]]
+    """Degradation of the models finetuned with each loss, for every setting."""
+    found = [r for r in records("quantization") if r["loss"]]
     losses = list(dict.fromkeys(r["loss"] for r in found))
     if len(losses) < 2:
         return None

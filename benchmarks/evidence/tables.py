@@ -140,7 +140,7 @@ def chosen(found: Records, better: Callable[[dict[str, Any]], float]) -> Records
 
 
 def vision(model: str, file: str = "vision") -> str:
-    found = [r for r in records(file) if r.get("model") == model and "loss" in r]
+    found = [r for r in records("quantization") if r.get("model") == model and "loss" in r]
     runs = chosen(found, lambda r: r["validation_accuracy"])
     noises = sorted({r["noise"] for r in runs})
     rows = [
@@ -219,9 +219,9 @@ def language_smollm2() -> str:
     return markdown(rows)
 
 
-def quantization(file: str) -> str:
+def quantization() -> str:
     """A row per setting: before, after and degradation of each loss, and the difference from ce."""
-    found = [r for r in records(file) if r["loss"]]
+    found = [r for r in records("quantization") if r["loss"]]
     losses = list(dict.fromkeys(r["loss"] for r in found))
     by: dict[tuple[int, str, str], dict[str, dict[int, Any]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -253,9 +253,9 @@ def quantization(file: str) -> str:
     return markdown(rows)
 
 
-def quantization_summary(file: str) -> str:
+def quantization_summary() -> str:
     """A row per number of bits: the difference from ce, averaged over all settings of a seed."""
-    found = [r for r in records(file) if r["loss"]]
+    found = [r for r in records("quantization") if r["loss"]]
     by: dict[tuple[int, str], dict[int, dict[tuple[str, str], Any]]] = defaultdict(
         lambda: defaultdict(dict)
     )
@@ -297,10 +297,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-opt": lambda: language("scratch-opt"),
     "language-wikitext": lambda: language("scratch-llama-wikitext"),
     "language-smollm2": language_smollm2,
-    "quantization-summary": lambda: quantization_summary("quantization"),
-    "quantization": lambda: quantization("quantization"),
-    "quantization-layers-summary": lambda: quantization_summary("quantization_layers"),
-    "quantization-layers": lambda: quantization("quantization_layers"),
+    "quantization-summary": quantization_summary,
+    "quantization": quantization,
 }
 
 
