@@ -31,6 +31,8 @@ STATES = 4**SYMBOLS
 SEQUENCE = 128  # rows of a sequence, where the number of rows allows
 # Rows on either side of the seam from which the codes at the seam are guessed.
 _SEAM = 16
+# Steps for which the costs of all states are written in one go: few calls, and still in the cache.
+_STEPS = 8
 _CODEBOOK_SEED = 0
 
 
@@ -163,42 +165,50 @@ def _viterbi(x: Tensor, weight: Tensor, seam: Tensor | None) -> Tensor:
     """Return the best codes (batch, n); the four codes at both ends are `seam` if it is given.
 
     A state is 4 u + c, c its newest code; costs are laid out (c, batch, u), in which a step is a
-    minimum over contiguous quarters, a small transposition and an addition. The choices are not
-    kept: they are read off the costs afterwards, for all steps at once, which is faster.
+    minimum over contiguous quarters, a small transposition and an addition. What a step reads and
+    writes stays in a processor's cache: only the choices are kept, a byte for each.
     """
     batch, n = x.shape
     quarter, sixteenth = STATES // 4, STATES // 16
+    empty = functools.partial(torch.empty, dtype=x.dtype, device=x.device)
     value = codebook(x.device, x.dtype).view(quarter, 4).T[:, None]  # (c, 1, u)
     older = torch.arange(quarter, device=x.device)
     ends = 4 * (older % sixteenth) + torch.arange(4, device=x.device)[:, None, None]
     closed = torch.zeros(4, batch, quarter, dtype=x.dtype, device=x.device)
     if seam is not None:
         closed.masked_fill_(ends != seam[:, None], float("inf"))
-    cost = torch.empty(n + 1, 4, batch, quarter, dtype=x.dtype, device=x.device)
-    cost[0] = closed
-    # w (x - v)^2 without its constant part, for all steps and states.
     scale = weight.T[:, None, :, None]
-    torch.mul(scale, value.square(), out=cost[1:])
-    cost[1:].addcmul_(scale * x.T[:, None, :, None], value, value=-2)
-    best = torch.empty(n, 4, batch, sixteenth, dtype=x.dtype, device=x.device)
-    entering = torch.empty(batch, sixteenth, 4, dtype=x.dtype, device=x.device)
-    for t in range(n):
-        # States 4 u + c follow the four states p * 256 + u.
-        torch.amin(cost[t].view(4, batch, 4, sixteenth), dim=2, out=best[t])
-        entering.copy_(best[t].permute(1, 2, 0))
-        cost[t + 1].add_(entering.view(batch, quarter))
-    last = (cost[n] + closed).permute(1, 2, 0).reshape(batch, STATES).argmin(1)
-    came = cost[1:n].view(n - 1, 4, batch, 4, sixteenth) != best[1:, :, :, None]
-    oldest = came[..., 0, :].long() * (1 + came[..., 1, :].long() * (1 + came[..., 2, :].long()))
-    oldest = oldest.mul_(sixteenth).add_(older[:sixteenth])
+    target, square = scale * x.T[:, None, :, None], value.square()
+    cost = closed.clone()
+    # States 4 u + c follow the four states p * 256 + u.
+    before = cost.view(4, batch, 4, sixteenth)
+    first, second, third, fourth = before.unbind(2)
+    low, high, best = (empty(4, batch, sixteenth) for _ in range(3))
+    entering, terms = empty(batch, sixteenth, 4), empty(_STEPS, 4, batch, quarter)
+    worse = torch.empty(n, 4, batch, 3, sixteenth, dtype=torch.bool, device=x.device)
+    for start in range(0, n, _STEPS):
+        steps = slice(start, min(start + _STEPS, n))
+        # w (x - v)^2 without its constant part, for the next few steps and all states.
+        ahead = torch.mul(scale[steps], square, out=terms[: steps.stop - start])
+        ahead.addcmul_(target[steps], value, value=-2)
+        for t, term in enumerate(ahead, start):
+            torch.minimum(first, second, out=low)
+            torch.minimum(third, fourth, out=high)
+            torch.minimum(low, high, out=best)
+            torch.ne(before[:, :, :3], best[:, :, None], out=worse[t])
+            entering.copy_(best.permute(1, 2, 0))
+            torch.add(term, entering.view(batch, quarter), out=cost)
+    last = (cost + closed).permute(1, 2, 0).reshape(batch, STATES).argmin(1)
+    # The first of the four that is not worse than the best, from 0.
+    one, two, three = worse[1:].view(torch.uint8).unbind(3)
+    oldest = (one * (1 + two * (1 + three))).permute(0, 2, 3, 1).to(torch.int64)
     offset = torch.arange(batch, device=x.device) * quarter
-    before = (oldest.permute(0, 2, 3, 1).reshape(n - 1, batch, quarter) + offset[:, None]).flatten(
-        1
-    )
+    came = oldest.mul_(sixteenth).add_(older[:sixteenth, None])
+    came = came.reshape(n - 1, batch, quarter).add_(offset[:, None]).flatten(1)
     path = torch.empty(n, batch, dtype=torch.int64, device=x.device)
     path[n - 1] = (last >> 2) + offset
     for t in range(n - 1, 0, -1):
-        torch.take(before[t - 1], path[t], out=path[t - 1])
+        torch.take(came[t - 1], path[t], out=path[t - 1])
     # The newest code of a step is the lowest of the older codes one step later.
     return torch.cat([path[1:] & 3, (last & 3)[None]]).T
 
