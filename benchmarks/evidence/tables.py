@@ -140,7 +140,7 @@ def chosen(found: Records, better: Callable[[dict[str, Any]], float]) -> Records
 
 
 def vision(model: str, file: str = "vision") -> str:
-    found = [r for r in records("quantization") if r.get("model") == model and "loss" in r]
+    found = [r for r in records(file) if r.get("model") == model and "loss" in r]
     runs = chosen(found, lambda r: r["validation_accuracy"])
     noises = sorted({r["noise"] for r in runs})
     rows = [

@@ -1,5 +1,7 @@
 """The pieces that a wrong number could come from."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,14 @@ def test_tables_replace_only_what_is_between_their_markers(monkeypatch):
     assert "| 1 |" in filled
     assert "old" not in filled
     assert tables.fill(filled) == filled
+
+
+def test_the_document_shows_the_committed_results():
+    import tables
+
+    text = tables.DOCUMENT.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: ([\w-]+) -->", text)) == set(tables.TABLES)
+    assert tables.fill(text) == text
 
 
 @pytest.fixture
