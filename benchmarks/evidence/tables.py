@@ -220,35 +220,34 @@ def language_smollm2() -> str:
 
 
 def quantization() -> str:
-    """A row per setting: before, after and degradation of each loss, and the difference from ce."""
+    """A row per setting: perplexities, the control's degradation and the differences from it."""
     found = [r for r in records("quantization") if r["loss"]]
     losses = list(dict.fromkeys(r["loss"] for r in found))
+    others = [loss for loss in losses if loss != "ce"]
     by: dict[tuple[int, str, str], dict[str, dict[int, Any]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for r in found:
         by[r["bits"], r["method"], r["incoherence"]][r["loss"]][r["seed"]] = r
-    head = ["bits, method, incoherence", "seeds"]
-    for loss in losses:
-        head += [f"`{loss}` before", f"`{loss}` after", f"`{loss}` degradation"]
-    rows = [head + [f"`{loss}` - `ce`" for loss in losses if loss != "ce"]]
+    rows = [["bits, method, incoherence", "seeds", "`ce`", "its degradation"]]
+    rows[0] += [head for loss in others for head in (f"`{loss}`", "less `ce`")]
     for (bits, method, incoherence), cell in sorted(by.items(), key=lambda item: item[0][0]):
-        seeds = set.intersection(*(set(cell[loss]) for loss in losses))
+        seeds = sorted(set.intersection(*(set(cell[loss]) for loss in losses)))
         if not seeds:
             continue
-        row = [f"{bits}, {method}, {incoherence}", str(len(seeds))]
-        for loss in losses:
-            values = [cell[loss][s] for s in sorted(seeds)]
-            row += [
-                f"{statistics.fmean(v[key] for v in values):.2f}" for key in ("before", "after")
-            ]
-            row.append(spread([v["degradation"] for v in values], 3))
-        for loss in losses:
-            if loss != "ce":
-                pairs = [
-                    (cell["ce"][s]["degradation"], cell[loss][s]["degradation"]) for s in seeds
-                ]
-                row.append(difference(pairs, 3))
+
+        def mean(loss: str, key: str, cell: Any = cell, seeds: list[int] = seeds) -> str:
+            return f"{statistics.fmean(cell[loss][s][key] for s in seeds):.2f}"
+
+        if len(rows) == 1:
+            before = [part for loss in others for part in (mean(loss, "before"), "")]
+            rows.append(["not quantized", str(len(seeds)), mean("ce", "before"), "", *before])
+        control = [cell["ce"][s]["degradation"] for s in seeds]
+        row = [f"{bits}, {method}, {incoherence}", str(len(seeds)), mean("ce", "after")]
+        row.append(spread(control, 3))
+        for loss in others:
+            theirs = [cell[loss][s]["degradation"] for s in seeds]
+            row += [mean(loss, "after"), difference(list(zip(control, theirs, strict=True)), 3)]
         rows.append(row)
     return markdown(rows)
 
