@@ -151,7 +151,7 @@ def quantization() -> Figure | None:
     if len(losses) < 2:
         return None
     bits = sorted({r["bits"] for r in found})
-    figure, axes = plt.subplots(1, len(bits), figsize=(10, 3.6))
+    figure, axes = plt.subplots(1, len(bits), figsize=(10, 4.8))
     for axis, width in zip(np.atleast_1d(axes), bits, strict=True):
         mine = [r for r in found if r["bits"] == width]
         names = list(dict.fromkeys((r["method"], r["incoherence"]) for r in mine))
@@ -165,7 +165,7 @@ def quantization() -> Figure | None:
                 ]
                 means.append(statistics.fmean(values) if values else np.nan)
                 errors.append(statistics.stdev(values) if len(values) > 1 else 0.0)
-            at = np.arange(len(names)) + (index - (len(losses) - 1) / 2) * 0.25
+            at = np.arange(len(names)) + (index - (len(losses) - 1) / 2) * 0.8 / len(losses)
             axis.errorbar(means, at, xerr=errors, fmt="o", ms=4, capsize=2, label=loss)
         labels = [f"{m}{' + incoh.' if i != 'none' else ''}" for m, i in names]
         axis.set_yticks(range(len(names)), labels=labels, fontsize=7)
