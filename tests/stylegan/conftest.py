@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from rlo_stylegan.repairs import SamplerArgument
 
 COMMON = {
     "dnnlib/__init__.py": """
@@ -359,6 +360,14 @@ def build(tmp_path: Path) -> Build:
         return root
 
     return make
+
+
+@pytest.fixture
+def sampler_repair() -> Iterator[None]:
+    """The repair of torch_utils/misc.py: torch 2.6 takes the argument still."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplerArgument, "needed", staticmethod(lambda: True))
+        yield
 
 
 @pytest.fixture

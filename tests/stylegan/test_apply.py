@@ -22,6 +22,7 @@ from rlo_stylegan.ledger import Ledger
 from rlo_stylegan.script import patch_script
 from rlo_stylegan.sites import patch_loss
 
+pytestmark = pytest.mark.usefixtures("sampler_repair")
 FAMILIES = ["ada", "stylegan3", "vision-aided"]
 
 
