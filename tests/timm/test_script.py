@@ -192,7 +192,7 @@ def test_two_ranks_make_the_update_of_one(write_script: WriteScript, tmp_path: P
 def test_an_error_in_the_script_shows_the_scripts_own_lines(
     write_script: WriteScript, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_script("v1.0.28")
+    path = write_script()
     source = path.read_text().replace("        optimizer.step()", "        optimizer.steep()")
     path.write_text(source)
     line = 1 + source.splitlines().index("        optimizer.steep()")
