@@ -6,11 +6,13 @@ import importlib
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 if sys.version_info >= (3, 11):
@@ -61,6 +63,18 @@ def test_a_plugin_asks_for_the_core_of_its_own_minor_version(
     assert [requirement.specifier for requirement in core] == [
         Requirement(f"rlo-core>={major}.{minor},<{major}.{minor + 1}").specifier
     ]
+
+
+@pytest.mark.parametrize("package", PACKAGES[1:])
+def test_the_ranges_that_the_doctor_checks_are_those_that_the_package_asks_for(
+    root: Path, package: str
+) -> None:
+    metadata = project(root, package)
+    lines = chain(metadata["dependencies"], *metadata.get("optional-dependencies", {}).values())
+    asked = {wanted.name: wanted.specifier for wanted in map(Requirement, lines)}
+    host = importlib.import_module(f"{package.replace('-', '_')}.host").HOST
+    for name, range_ in {**host.requires, **host.optional}.items():
+        assert SpecifierSet(range_) == asked[name], name
 
 
 @pytest.mark.parametrize("package", PACKAGES)

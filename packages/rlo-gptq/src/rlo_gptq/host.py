@@ -8,5 +8,5 @@ HOST = Host(
     name="gptq",
     summary="quantize language models at 2, 3, 4 and 8 bits; evaluate, inspect, export",
     command="rlo_gptq.cli:main",
-    requires={"transformers": ">=5.20", "safetensors": ">=0.4.5"},
+    requires={"transformers": ">=5.20", "safetensors": ">=0.8"},
 )

@@ -10,7 +10,7 @@ HOST = Host(
     command="rlo_timm.cli:main",
     requires={
         "timm": ">=1.0.12",
-        "lightning": ">=2.4",
+        "lightning": ">=2.6",
         "torchmetrics": ">=1.4",
         "torchvision": ">=0.21",
     },
