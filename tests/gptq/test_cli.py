@@ -66,6 +66,7 @@ def test_quantizing_again_says_that_it_is_done(made, model_folder, text_file):
     again = json.loads(run(*arguments, "--save", out, "--json").stdout)
     assert again["already_done"] is True
     assert again["worst_layer"] == document["worst_layer"]
+    assert run(*arguments, "--save", out).stdout.startswith("complete already: 14 layers at 4.")
 
 
 def test_another_setting_in_the_same_folder_is_one_line_and_status_1(made, model_folder, text_file):
@@ -118,6 +119,14 @@ def test_compare_tabulates_and_draws(made, model_folder, text_file, tmp_path):
     assert "perplexity" in run("compare", made[0]).stdout
 
 
+def test_a_command_whose_stderr_is_no_terminal_draws_no_bars(made, text_file):
+    """Those of transformers, which would fill a log; needs a process of its own."""
+    command = [sys.executable, "-m", "rlo_gptq", "eval", str(made[0]), str(text_file)]
+    done = subprocess.run([*command, "--max-tokens", "64"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -130,10 +139,42 @@ def test_compare_tabulates_and_draws(made, model_folder, text_file, tmp_path):
             "npasses must be 0 with unbiased rounding, got 3",
         ),
         (["quantize", "m", "d"], 2, "Missing option '--save'"),
+        (
+            ["quantize", "m", "d", "--compat", "quip", "--lazy_batch", "--save", "x"],
+            2,
+            "npasses must be positive with lazy_batch and compat 'quip', got 0",
+        ),
+        (["compare", ".", "--dataset", "d", "--plot", "a.gif"], 2, "must end in .png or .svg, got"),
     ],
 )
 def test_known_failures_are_one_line_and_usage_errors_status_2(arguments, code, message):
     assert message in run(*arguments, code=code).stderr
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    command, device, made, model_folder, text_file, tmp_path
+):
+    model = made[0] if command == "eval" else model_folder("llama-gqa-tied")
+    arguments = [command, model, text_file, "--device", device]
+    arguments += ["--save", tmp_path / "q"] if command == "quantize" else []
+    result = run(*arguments, code=1)
+    assert result.stderr.startswith(f"Error: device {device!r} cannot be used: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_window_longer_than_a_table_of_positions_is_refused(model_folder, text_file):
+    result = run("eval", model_folder("opt"), text_file, "--context", 65, code=1)
+    assert result.stderr.endswith("Error: context must be at most the model's 64, got 65\n")
+
+
+def test_a_model_that_is_not_there_is_refused_before_the_others_are_evaluated(made, text_file):
+    arguments = [made[0], text_file, "--original", "/no/such/model", "--context", 32]
+    result = run("eval", *arguments, code=1)
+    assert result.stderr == "Error: no model at '/no/such/model': no such folder\n"
+    assert "original_perplexity" not in result.stdout
 
 
 def test_tasks_without_lm_eval_say_what_to_install(made):

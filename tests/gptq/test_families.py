@@ -106,3 +106,26 @@ def test_skipping_everything_is_refused(model_folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
     with pytest.raises(UnsupportedModelError, match="nothing is left to quantize in LlamaForC"):
         find_layout(model, skip=("*",))
+
+
+def test_a_pattern_that_no_layer_has_is_refused_with_the_names_there_are(model_folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    message = r"no layer of LlamaForCausalLM .* named '\*.down', as --skip says; .* mlp.down_proj,"
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_layout(model, skip=("*.up_proj", "*.down"))
+
+
+def test_experts_that_are_all_skipped_stay_as_the_checkpoint_had_them(
+    model_folder, text_file, quantize_to, tmp_path
+):
+    """Split, they would have names that the loaded model does not ask for."""
+    source = model_folder("mixtral")
+    layout = quantize_to(source, text_file, tmp_path / "q", skip=("*.experts.*",)).layout
+    assert not layout.experts
+    experts = "model.layers.1.mlp.experts.gate_up_proj"
+    original = transformers.AutoModelForCausalLM.from_pretrained(source)
+    loaded = rlo_gptq.load(tmp_path / "q")
+    assert torch.equal(loaded.get_parameter(experts), original.get_parameter(experts))
+    some = quantize_to(source, text_file, tmp_path / "s", skip=("*.layers.0.mlp.experts.*",))
+    assert some.layout.experts
+    rlo_gptq.load(tmp_path / "s")

@@ -239,15 +239,20 @@ def test_true_sequential_changes_later_layers_of_a_block_only(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seqlen": 100_000}, "calibration text must have at least 100000 tokens, got"),
+        ({"dataset": "short"}, "calibration text must have at least 32 tokens, got 5; give more"),
+        ({"seqlen": 65}, "^seqlen must be at most the model's 64, got 65$"),
         ({"nsamples": 0}, "nsamples must be at least 1 and seqlen 2, got 0 and 32"),
     ],
 )
 def test_too_little_calibration_is_refused(
     options, message, model_folder, text_file, quantize_to, tmp_path
 ):
+    if options.pop("dataset", None):
+        text_file = tmp_path / "short.txt"
+        text_file.write_text("short")
     with pytest.raises(CalibrationError, match=message):
         quantize_to(model_folder(FAMILY), text_file, tmp_path / "q", LAYER, **options)
+    assert not (tmp_path / "q").exists()  # so that a better command may use the same name
 
 
 def damaged(folder: Path, out: Path, change) -> Path:

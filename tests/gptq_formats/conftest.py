@@ -33,7 +33,9 @@ def make_layer():
 def make_checkpoint(tmp_path):
     """A tiny Llama rounded to the nearest and written in our format; returns its folder."""
 
-    def make(*, skip: tuple[str, ...] = (), hidden: int = 64, **settings) -> Path:
+    def make(
+        *, skip: tuple[str, ...] = (), hidden: int = 64, intermediate: int = 96, **settings
+    ) -> Path:
         chosen = LayerSettings(method="nearest", **{"integer_zero": True, **settings})
         config = LlamaConfig(
             vocab_size=96,
@@ -41,7 +43,7 @@ def make_checkpoint(tmp_path):
             num_attention_heads=4,
             num_key_value_heads=2,
             num_hidden_layers=2,
-            intermediate_size=96,
+            intermediate_size=intermediate,
             max_position_embeddings=64,
             tie_word_embeddings=False,
         )

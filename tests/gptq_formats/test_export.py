@@ -9,11 +9,17 @@ from click.testing import CliRunner
 from rlo_gptq.cli import main
 from rlo_gptq.export import export_checkpoint
 from rlo_gptq.formats.gptq import FormatError, unpack_layer
+from rlo_gptq.importing import _one_size as one_size
 from rlo_gptq.importing import import_checkpoint
 from rlo_gptq.source import save_tensors
 from rlo_gptq.validation import CheckpointError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    PreTrainedTokenizerFast,
+)
 
 TOKENS = torch.arange(20)[None]
 LAYER = "model.layers.1.mlp.up_proj"
@@ -142,6 +148,40 @@ def test_an_act_order_checkpoint_is_imported_with_its_columns_permuted(make_chec
         export_checkpoint(tmp_path / "mine", tmp_path / "ct", format="compressed-tensors")
 
 
+def test_a_row_as_wide_as_a_group_is_one_group_of_that_size():
+    """OPT's widths of 768 and 3072 in groups of 768; of narrower rows nothing else can be said."""
+    assert one_size({"q_proj": (-1, 768), "fc2": (768, 3072)}) == 768
+    assert one_size({"q_proj": (-1, 512), "fc2": (768, 3072)}) == 768
+    assert one_size({"q_proj": (-1, 768), "fc2": (-1, 3072)}) == -1
+    with pytest.raises(FormatError, match=r"layers must share one group size, got \[-1, 128\]"):
+        one_size({"q_proj": (-1, 768), "fc2": (128, 3072)})
+    with pytest.raises(FormatError, match=r"layers must share one group size, got \[64, 128\]"):
+        one_size({"q_proj": (64, 768), "fc2": (128, 3072)})
+
+
+def test_layers_of_one_group_beside_layers_of_several_are_imported(make_checkpoint, tmp_path):
+    ours = make_checkpoint(bits=3, group_size=64, intermediate=128)
+    export_checkpoint(ours, tmp_path / "gptq", format="gptq")
+    assert import_checkpoint(tmp_path / "gptq", tmp_path / "mine").settings.group_size == 64
+    assert torch.equal(logits(tmp_path / "mine"), logits(ours))
+
+
+def test_a_gptq_checkpoint_is_evaluated_without_the_tool_that_made_it(make_checkpoint, tmp_path):
+    ours = make_checkpoint(bits=4)
+    characters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(ours)
+    export_checkpoint(ours, tmp_path / "gptq", format="gptq")
+    text = tmp_path / "text.txt"
+    text.write_text("a red ball went out of the house to see the sun " * 20)
+    arguments = ["compare", str(ours), str(tmp_path / "gptq"), "--dataset", str(text), "--json"]
+    result = CliRunner().invoke(main, [*arguments, "--context", "32", "--max-tokens", "200"])
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert second["perplexity"] == first["perplexity"]
+    assert (second["bits"], second["method"]) == (4, "gptq")
+
+
 def test_groups_of_different_lengths_are_refused_by_name(make_checkpoint, tmp_path):
     export_checkpoint(make_checkpoint(group_size=32), tmp_path / "gptq", format="gptq")
     file = tmp_path / "gptq" / "model.safetensors"
@@ -177,7 +217,7 @@ def test_the_command_exports_and_verifies_in_transformers(make_checkpoint, tmp_p
     assert document["verified"][0]["difference"] < 1e-5
 
 
-def test_the_command_says_which_peer_is_missing(make_checkpoint):
+def test_the_command_says_which_peer_is_missing(make_checkpoint, tmp_path):
     if importlib.util.find_spec("gptqmodel") is not None:
         pytest.skip("gptqmodel is installed")
     result = CliRunner().invoke(
@@ -185,6 +225,7 @@ def test_the_command_says_which_peer_is_missing(make_checkpoint):
     )
     assert result.exit_code == 1
     assert "--verify-with gptqmodel needs gptqmodel for this format; pip install" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]  # asked before it is written
 
 
 def test_the_command_imports(make_checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """What the formats, folded rotations and weighted Hessians add to `rlo-gptq quantize`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,8 @@ def test_gradient_energy_weights_too(tiny) -> None:
         (["--format", "gptq", "--incoh-processing"], "--format takes no rotation at run time; use"),
         (["--verify-with", "transformers"], "--verify-with needs --format"),
         (["--hessian-energy"], "--hessian-energy needs --hessian SPEC"),
+        (["--format", "gptq", "--grid", "trellis"], "--format takes --grid scalar, got trellis"),
+        (["--format", "gptq", "--compat", "quip"], "integer zeros: with --compat quip, --qfn a"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(tiny, options, message) -> None:
@@ -98,3 +101,30 @@ def test_an_unknown_loss_is_refused_before_anything_is_written(tiny) -> None:
     assert result.exit_code == 1
     assert "unknown loss 'rol'; did you mean 'rlo'?" in result.output
     assert not (tiny / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--groupsize", "48"], "'model.layers.0.self_attn.q_proj': its input width must be a mul"),
+        (["--skip", "model.layers.0.mlp.*"], "layers must be quantized in all blocks or in none"),
+        (["--tune", "--nsamples", "1"], "tuning needs at least 2 calibration sequences"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_quantized(
+    tiny, options, message
+) -> None:
+    result = quantize(tiny, "out", "--format", "gptq", "--rotate", "fold", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert sorted(path.name for path in tiny.iterdir()) == ["model", "text.txt"]
+
+
+def test_the_export_of_another_model_is_not_taken_for_this_ones(tiny) -> None:
+    """A user deletes the model, and quantizes again by other settings under the same name."""
+    assert quantize(tiny, "out", "--format", "gptq").exit_code == 0
+    assert quantize(tiny, "out", "--format", "gptq").exit_code == 0
+    shutil.rmtree(tiny / "out")
+    result = quantize(tiny, "out", "--format", "gptq", "--percdamp", "0.1")
+    assert result.exit_code == 1
+    assert "out-gptq' must be a new or empty folder; nothing is overwritten" in result.stderr

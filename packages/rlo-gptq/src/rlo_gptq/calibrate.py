@@ -229,8 +229,7 @@ def input_groups(
     """Return the layers of a block in the order they run, those with the same input together.
 
     q, k and v read one tensor, and gate and up another: each needs one Hessian. Layers that one
-        pass
-    does not reach (experts that no token chose) come last, each alone.
+    pass does not reach (experts that no token chose) come last, each alone.
     """
     seen: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
     alive: list[Tensor] = []  # keeps the inputs, so that no address is used twice

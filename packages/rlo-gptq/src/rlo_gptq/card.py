@@ -23,8 +23,7 @@ library_name: transformers
 ## Loading
 
 The weights are packed: the package `rlo-gptq` must be installed and imported, otherwise
-    transformers
-refuses the shapes of the packed tensors.
+transformers refuses the shapes of the packed tensors.
 
 ```python
 import rlo_gptq  # registers the format

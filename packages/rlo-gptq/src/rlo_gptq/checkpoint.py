@@ -89,11 +89,13 @@ def write_checkpoint(
     """
     folder = work.folder
     parts = [work.part("rest")] + [work.part(f"block-{i:05d}") for i in range(layout.count)]
-    experts = any(".experts." in f".{name}" for name in layout.names())
     config = json.loads(source.config.to_json_string())
     config.pop("_name_or_path", None)  # a path of this machine
     config["quantization_config"] = quantization_config(
-        settings, blocks=layout.blocks, modules=module_table(layout.linears), experts=experts
+        settings,
+        blocks=layout.blocks,
+        modules=module_table(layout.linears),
+        experts=layout.experts,
     )
     config["architectures"] = [type(source.model).__name__]
     config["dtype"] = str(source.stored_dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 from rlo_core.cli import FriendlyGroup
@@ -20,6 +21,9 @@ def main() -> None:
     """Quantize language models at 2, 3, 4 and 8 bits; evaluate, compare, export them."""
     # Read-only for those who set it; two processes on one machine otherwise warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # libraries draw their bars into log files too
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 for command in (quantize, evaluate, inspect, compare, export, import_, merge):

@@ -10,37 +10,29 @@ from typing import Any
 import click
 from rlo_core.cli import format_table
 
-_MB = 1e6
-_device = click.option("--device", default="auto", show_default=True)
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of weights that are not packed, and of activations.",
-)
+from rlo_gptq import cli_options as shared
+from rlo_gptq.cli_options import MB, both_spellings
+
+_dtype = shared.dtype("Of weights that are not packed, and of activations.")
 _context = click.option(
     "--context",
     type=click.IntRange(min=2),
     help="Tokens of a window; by default the model's length, at most 2048.",
 )
-_max_tokens = click.option(
-    "--max-tokens",
-    "--max_tokens",
+_max_tokens = both_spellings(
+    "max-tokens",
     type=click.IntRange(min=2),
     help="Use only the beginning of the text.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
 @click.command("eval")
 @click.argument("model")
 @click.argument("dataset", required=False)
 @click.option("--tasks", help="Tasks of lm-eval, e.g. arc_easy,piqa.")
-@click.option(
-    "--include-path",
-    "--include_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+@both_spellings(
+    "include-path",
+    type=shared.existing_folder,
     help="A folder with YAML files of your own tasks, as lm-eval's option of that name.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each task.")
@@ -50,12 +42,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON document 
     flag_value="",
     help="Measure the original model too; named, or the one in run.json.",
 )
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
+@shared.split
 @_context
 @_max_tokens
-@_device
+@shared.device
 @_dtype
-@_json
+@shared.as_json
 def evaluate(
     model: str,
     dataset: str | None,
@@ -73,13 +65,23 @@ def evaluate(
     """Measure MODEL's perplexity on DATASET, and tasks of lm-eval."""
     if dataset is None and tasks is None:
         raise click.UsageError("give a DATASET, or --tasks")
-    from rlo_gptq.evaluate import evaluate_perplexity, evaluate_tasks, original_of
+    from rlo_gptq.evaluate import (
+        check_lm_eval,
+        check_model,
+        evaluate_perplexity,
+        evaluate_tasks,
+        original_of,
+    )
 
     document: dict[str, Any] = {"model": model}
+    if tasks is not None:
+        check_lm_eval()
     if dataset is not None:
         names = [("", model)]
         if original is not None:
             names.append(("original_", original or original_of(Path(model))))
+        for _, name in names:  # the last one before hours go into the first
+            check_model(name)
         for prefix, name in names:
             result = evaluate_perplexity(
                 name,
@@ -121,7 +123,7 @@ def _show(done: int, count: int) -> None:
 
 @click.command()
 @click.argument("model")
-@_json
+@shared.as_json
 def inspect(model: str, as_json: bool) -> None:
     """Show the layers of a quantized MODEL: shape, bytes, error."""
     from rlo_gptq.evaluate import inspect_model
@@ -148,8 +150,8 @@ def inspect(model: str, as_json: bool) -> None:
     shown = {k: v for k, v in document["settings"].items() if v is not None}
     click.echo("settings: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     click.echo(
-        f"packed {document['packed_bytes'] / _MB:.2f} MB, "
-        f"other {document['other_bytes'] / _MB:.2f} MB"
+        f"packed {document['packed_bytes'] / MB:.2f} MB, "
+        f"other {document['other_bytes'] / MB:.2f} MB"
     )
 
 
@@ -163,9 +165,9 @@ def inspect(model: str, as_json: bool) -> None:
 )
 @_context
 @_max_tokens
-@_device
+@shared.device
 @_dtype
-@_json
+@shared.as_json
 def compare(
     models: tuple[str, ...],
     dataset: str | None,
@@ -179,6 +181,8 @@ def compare(
     """Compare MODELS: bits, size on disk, perplexity, seconds to make."""
     if plot is not None and dataset is None:
         raise click.UsageError("--plot needs --dataset")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise click.UsageError(f"--plot must end in .png or .svg, got {plot.name!r}")
     from rlo_gptq.evaluate import compare_models, plot_comparison
 
     rows = compare_models(
@@ -199,7 +203,7 @@ def compare(
                 str(row["bits"] or ""),
                 row["method"],
                 row.get("incoherence", ""),
-                f"{row['bytes'] / _MB:.2f}",
+                f"{row['bytes'] / MB:.2f}",
                 "" if ppl is None else f"{ppl:.4f}",
                 "" if seconds is None else f"{seconds:.1f}",
             )

@@ -8,31 +8,27 @@ from typing import Any
 
 import click
 
+from rlo_gptq import cli_options as shared
+from rlo_gptq.cli_options import MB
 from rlo_gptq.quantization import run_quantization
 
 
 @click.command("merge")
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("adapter", type=shared.existing_folder)
 @click.argument("dataset")
-@click.option(
-    "--save",
-    "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The new checkpoint's folder; the same command goes on where it was stopped.",
-)
+@shared.save
 @click.option("--nsamples", type=click.IntRange(min=1), help="Calibration sequences.")
 @click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of a calibration sequence.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
+@shared.split
 @click.option(
     "--tune/--no-tune",
     default=True,
     show_default=True,
     help="As in quantize; without it most of what was learnt is rounded away at 2 bits.",
 )
-@click.option("--offload", is_flag=True, help="Keep activations in a file.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@shared.offload
+@shared.device
+@shared.as_json
 def merge(
     adapter: Path,
     dataset: str,
@@ -66,7 +62,7 @@ def merge(
         return
     click.echo(
         f"{document['layers']} layers packed again, mean proxy loss {document['mean_proxy']:.4g} "
-        f"to the merged weights, {document['bytes'] / 1e6:.1f} MB: {folder}"
+        f"to the merged weights, {document['bytes'] / MB:.1f} MB: {folder}"
     )
 
 
@@ -102,6 +98,7 @@ def merge_adapter(
 
     from rlo_gptq.merge import adapter_base, quantize_options, write_merged
     from rlo_gptq.processes import join_processes
+    from rlo_gptq.work import PARTS
 
     options = quantize_options(adapter_base(adapter), dataset, changes=changes, tune=tune)
     with join_processes(device) as processes:
@@ -110,8 +107,10 @@ def merge_adapter(
             write_merged(adapter, dense)
         processes.wait()
         options = replace(options, model=str(dense), offload=offload)
-        document = run_quantization(options, folder, device=device, base=adapter.name)
-        processes.wait()
-        if processes.first:
-            shutil.rmtree(dense, ignore_errors=True)
+        try:
+            document = run_quantization(options, folder, device=device, base=adapter.name)
+            processes.wait()
+        finally:
+            if processes.first and not (folder / PARTS).is_dir():  # nothing can go on from it
+                shutil.rmtree(dense, ignore_errors=True)
     return document

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from rlo_gptq import cli_options as shared
+from rlo_gptq.cli_formats import check_peers, described, export_and_verify
+from rlo_gptq.cli_options import MB, both_spellings
 from rlo_gptq.quantization import run_quantization as run_quantization
 from rlo_gptq.settings import METHODS, LayerSettings, TuneSettings
 
 if TYPE_CHECKING:
     from rlo_gptq.options import Options
-
-_MB = 1e6
-
-
-def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], Any]:
-    """Return a click option that is known with dashes and with the authors' underscores."""
-    flags = [f"--{name}"]
-    if "-" in name:
-        flags.append(f"--{name.replace('-', '_')}")
-    return click.option(*flags, *rest, **attributes)
 
 
 @click.command()
@@ -82,13 +74,7 @@ def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], 
     multiple=True,
     help="Write it in this format too, beside DIR; repeatable. Takes integer zeros.",
 )
-@both_spellings(
-    "verify-with",
-    "peers",
-    type=click.Choice(["transformers", "gptqmodel"]),
-    multiple=True,
-    help="Reload what --format wrote there and compare the logits; repeatable.",
-)
+@shared.peers
 @click.option(
     "--hessian",
     default="plain",
@@ -149,27 +135,15 @@ def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], 
     help="Inside a block, later layers see the earlier ones quantized.",
 )
 @click.option("--compat", type=click.Choice(["quip"]), help="The authors' codes, faults included.")
-@click.option(
-    "--save",
-    "folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The checkpoint's folder; the same command goes on where it was stopped.",
-)
+@shared.save
 @click.option("--skip", multiple=True, help="Layers to leave, e.g. '*.down_proj'; repeatable.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of the data.")
-@click.option("--offload", is_flag=True, help="Keep activations in a file.")
-@click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="In which blocks are run.",
-)
+@shared.split
+@shared.offload
+@shared.device
+@shared.dtype("In which blocks are run.")
 @both_spellings("trust-remote-code", is_flag=True, help="Run code from the model's folder.")
 @both_spellings("dry-run", is_flag=True, help="Print plan, memory and time; do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@shared.as_json
 def quantize(
     model: str,
     dataset: str,
@@ -229,6 +203,10 @@ def quantize(
                 "--format takes no rotation at run time; use --rotate fold instead of "
                 "--incoh-processing, --incoherence, --pre-proj and --pre-rescale"
             )
+        if grid != "scalar":
+            raise click.UsageError(f"--format takes --grid scalar, got {grid}")
+        if compat and sym:
+            raise click.UsageError("--format takes integer zeros: with --compat quip, --qfn a")
         integer_zero = True
     if peers and not formats:
         raise click.UsageError("--verify-with needs --format")
@@ -288,22 +266,32 @@ def quantize(
         hessian_energy=hessian_energy,
         rotate=rotate,
         tune=tuning,
+        formats=formats,
     )
     if dry_run:
         _print_plan(options, device, as_json=as_json)
         return
+    check_peers(peers, formats)
     document = run_quantization(options, folder, device=device)
     if document is None:  # not the first process
         return
-    document["exports"] = [_export(folder, name, peers) for name in formats]
+    document["exports"] = [
+        export_and_verify(folder, None, name, peers, again=True) for name in formats
+    ]
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
+    _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
+    """Print what was done, for people."""
+    done = "complete already: " if document.get("already_done") else ""
     click.echo(
-        f"{document['layers']} layers at {document['bits_per_weight']} bits per weight, mean proxy "
-        f"loss {document['mean_proxy']:.4g}, worst {document['worst_proxy']:.4g} "
-        f"({document['worst_layer']}), {document['bytes'] / _MB:.1f} MB, "
-        f"{document['seconds']:.1f} s: {folder}"
+        f"{done}{document['layers']} layers at {document['bits_per_weight']} bits per weight, mean "
+        f"proxy loss {document['mean_proxy']:.4g}, worst {document['worst_proxy']:.4g} "
+        f"({document['worst_layer']}), {document['bytes'] / MB:.1f} MB, "
+        f"{document['seconds']:.1f} s: {document['folder']}"
     )
     if "block_error_before" in document:
         click.echo(
@@ -311,10 +299,7 @@ def quantize(
             f"-> {document['block_error_after']:.4g}"
         )
     for exported in document["exports"]:
-        checks = ", ".join(f"{c['peer']} {c['difference']:.2g}" for c in exported["verified"])
-        click.echo(
-            f"{exported['format']}: {exported['folder']}" + (f" ({checks})" if checks else "")
-        )
+        click.echo(described(exported))
 
 
 def _tune_settings(
@@ -335,20 +320,6 @@ def _tune_settings(
             raise click.UsageError(f"--tune moves the scales, which {option} fixes; leave one out")
     default = TuneSettings()
     return TuneSettings(epochs or default.epochs, learning_rate or default.learning_rate)
-
-
-def _export(folder: Path, name: str, peers: tuple[str, ...]) -> dict[str, Any]:
-    """Write the checkpoint in another format beside it, unless it is there; verify it."""
-    from dataclasses import asdict
-
-    from rlo_gptq.export import export_checkpoint
-    from rlo_gptq.verify import verify_export
-
-    out = folder.with_name(f"{folder.name}-{name}")
-    if not (out / "config.json").is_file():
-        export_checkpoint(folder, out, format=cast("Any", name))
-    checks = [asdict(verify_export(folder, out, cast("Any", peer))) for peer in peers]
-    return {"format": name, "folder": str(out), "verified": checks}
 
 
 def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
@@ -379,7 +350,7 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
         if name == "settings":
             shown = ", ".join(f"{k}={v}" for k, v in document["settings"].items() if v is not None)
         elif name.endswith("_bytes") and value is not None:
-            shown = f"{value / _MB:,.1f} MB"
+            shown = f"{value / MB:,.1f} MB"
         else:
             shown = str(value)
         click.echo(f"{name.replace('_', ' '):28} {shown}")

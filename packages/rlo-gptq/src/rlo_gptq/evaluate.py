@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +17,9 @@ from rlo_core.runs import read_run
 from rlo_core.text import load_text
 
 from rlo_gptq.calibrate import token_ids
-from rlo_gptq.checkpoint import load, read_quantization, weight_files
+from rlo_gptq.checkpoint import load, read_quantization, weight_bytes, weight_files
 from rlo_gptq.hf_quantizer import METHOD
+from rlo_gptq.importing import import_checkpoint
 from rlo_gptq.merge import ADAPTER_FILE, adapter_base, load_adapted
 from rlo_gptq.processes import pick_device
 from rlo_gptq.settings import LayerSettings
@@ -36,7 +39,8 @@ class EvaluationError(RLOError):
 def open_model(
     name: str, *, device: str = "auto", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Load a model, ours or an ordinary one or an adapter of ours, its tokenizer, and its folder.
+    """Load a model, its tokenizer, and its folder: ours, an adapter of ours, a GPTQ checkpoint, or
+    what transformers loads.
 
     Raises:
         RLOError: it cannot be found or read.
@@ -50,8 +54,13 @@ def open_model(
         adapted: Any = load_adapted(adapter, dtype=kind, device_map=place)
         return adapted, AutoTokenizer.from_pretrained(adapter_base(adapter)), adapter
     folder = find_model(name)
-    if read_quantization(folder).get("quant_method") == METHOD:
+    method = read_quantization(folder).get("quant_method")
+    if method == METHOD:
         model = load(folder, dtype=kind, device_map=place)
+    elif method == "gptq":  # transformers would need GPTQModel, and half precision
+        with tempfile.TemporaryDirectory(prefix="rlo-gptq-") as scratch:
+            ours = import_checkpoint(folder, Path(scratch) / "imported").folder
+            model = load(ours, dtype=kind, device_map=place)
     else:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map=place)
@@ -61,6 +70,15 @@ def open_model(
             ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model, AutoTokenizer.from_pretrained(folder), folder
+
+
+def check_model(name: str) -> Path:
+    """Return a model's folder, or an adapter's.
+
+    Raises:
+        RLOError: there is no such model.
+    """
+    return Path(name) if (Path(name) / ADAPTER_FILE).is_file() else find_model(name)
 
 
 def evaluate_perplexity(
@@ -97,9 +115,7 @@ def evaluate_perplexity(
         except DataError:
             if wanted != "test" or split:
                 raise
-    text = model.config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or LONGEST_WINDOW
-    window = context or min(longest, LONGEST_WINDOW)
+    window = _window(model, context)
     begin = time.perf_counter()
     with torch.inference_mode():
         result = perplexity(
@@ -118,9 +134,33 @@ def evaluate_perplexity(
         "ce": result.ce,
         "tokens": result.tokens,
         "context": window,
-        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+        "bytes": weight_bytes(folder),
         "seconds": round(time.perf_counter() - begin, 3),
     }
+
+
+def _window(model: PreTrainedModel, context: int | None) -> int:
+    """Return the tokens of a window.
+
+    Raises:
+        EvaluationError: the model has a table of positions, and it is shorter.
+    """
+    text = model.config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    if context is None:
+        return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
+    # Rotated positions have no end, and how far they carry is worth measuring.
+    if longest and context > longest and not getattr(text, "rope_parameters", None):
+        raise EvaluationError(f"context must be at most the model's {longest}, got {context}")
+    return context
+
+
+def check_lm_eval() -> None:
+    """Raise EvaluationError with the way out if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError(
+            "--tasks needs lm-eval; install it with: pip install 'rlo-gptq[lm-eval]'"
+        )
 
 
 def evaluate_tasks(
@@ -145,14 +185,11 @@ def evaluate_tasks(
     Raises:
         EvaluationError: lm-eval is not installed, or a task fails.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise EvaluationError(
-            "--tasks needs lm-eval; install it with: pip install 'rlo-gptq[lm-eval]'"
-        ) from error
+    check_lm_eval()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     model, tokenizer, _ = open_model(name, device=device, dtype=dtype)
     try:
         results = lm_eval.simple_evaluate(
@@ -261,20 +298,9 @@ def compare_models(
 ) -> list[dict[str, Any]]:
     """Return a row for each model: bits, bytes, perplexity on `dataset`, seconds to make it."""
     rows = []
-    for name in names:
-        folder = find_model(name)
-        quantization = read_quantization(folder)
-        row: dict[str, Any] = {"model": name}
-        if quantization.get("quant_method") == METHOD:
-            settings = LayerSettings.from_dict(quantization["settings"])
-            row |= {
-                "bits": settings.bits,
-                "method": settings.method,
-                "incoherence": settings.incoherence,
-            }
-        else:
-            row |= {"bits": None, "method": quantization.get("quant_method") or "original"}
-        row["bytes"] = sum(file.stat().st_size for file in weight_files(folder))
+    folders = [check_model(name) for name in names]
+    for folder, name in zip(folders, names, strict=True):
+        row: dict[str, Any] = {"model": name, **_described(folder)}
         try:
             row["quantize_seconds"] = read_run(folder)["summary"]["seconds"]
         except (RLOError, KeyError):
@@ -286,6 +312,25 @@ def compare_models(
             row |= {key: result[key] for key in ("perplexity", "tokens", "context")}
         rows.append(row)
     return rows
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """Return bits, method, incoherence and bytes of a model, or of an adapter with its base."""
+    if (folder / ADAPTER_FILE).is_file():
+        base = _described(adapter_base(folder))
+        size = base["bytes"] + weight_bytes(folder)
+        return {**base, "method": f"{base['method']} + adapter", "bytes": size}
+    found = read_quantization(folder)
+    method = found.get("quant_method")
+    row: dict[str, Any] = {"bits": found.get("bits"), "method": method or "original"}
+    if method == METHOD:
+        settings = LayerSettings.from_dict(found["settings"])
+        row = {
+            "bits": settings.bits,
+            "method": settings.method,
+            "incoherence": settings.incoherence,
+        }
+    return {**row, "bytes": weight_bytes(folder)}
 
 
 def plot_comparison(rows: Sequence[dict[str, Any]], path: Path) -> Path:

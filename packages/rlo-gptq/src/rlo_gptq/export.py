@@ -7,27 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from rlo_core.files import write_json
 from safetensors import safe_open
 from torch import Tensor
 
-from rlo_gptq.checkpoint import read_quantization
+from rlo_gptq.checkpoint import read_quantization, weight_files
 from rlo_gptq.formats import compressed
 from rlo_gptq.formats.gptq import (
     CheckpointFormat,
     FormatError,
     GridLayer,
+    check_widths,
     is_symmetric,
     pack_layer,
 )
 from rlo_gptq.grids import column_groups
-from rlo_gptq.hf_quantizer import METHOD, RLOGPTQConfig, as_error
+from rlo_gptq.hf_quantizer import METHOD, RLOGPTQConfig, as_error, module_table
 from rlo_gptq.packing import unpack_codes
 from rlo_gptq.quant_linear import symmetric_zero
-from rlo_gptq.shards import ShardWriter, new_folder
+from rlo_gptq.shards import ShardWriter, file_digests, new_folder
 from rlo_gptq.validation import (
     check_folder,
     check_sizes,
@@ -36,7 +37,12 @@ from rlo_gptq.validation import (
     weight_paths,
 )
 
+if TYPE_CHECKING:
+    from rlo_gptq.models import Layout
+    from rlo_gptq.settings import LayerSettings
+
 ExportFormat = Literal["gptq", "compressed-tensors"]
+NOTE = "rlo-gptq-export.json"
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 
 
@@ -82,10 +88,85 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
             f"{str(folder)!r} must be quantized by {METHOD}, got {found.get('quant_method')!r}"
         )
     checkpoint = _Checkpoint(folder, RLOGPTQConfig.from_dict(found))
-    checkpoint.check()
+    _check_settings(checkpoint.settings, experts=checkpoint.config.split_experts)
     with new_folder(out, FormatError) as partial:
-        exported = checkpoint.write(partial, format)
-    return Exported(out, format, *exported)
+        version_, layers, size = checkpoint.write(partial, format)
+        note = {"checkpoint_format": version_, "layers": layers, "bytes": size}
+        origin = file_digests(weight_files(folder))
+        write_json(partial / NOTE, {"format": format, **note, "origin": origin})
+    return Exported(out, format, version_, layers, size)
+
+
+def find_export(folder: Path, out: Path) -> Exported | None:
+    """Return the export of this very checkpoint that is in `out` already, or None."""
+    if not (out / NOTE).is_file():
+        return None
+    note = read_object(out / NOTE)
+    if note.pop("origin", None) != file_digests(weight_files(folder)):
+        return None
+    return Exported(out, **note)
+
+
+def check_exportable(
+    format: str, settings: LayerSettings, layout: Layout, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse what a format cannot hold, before anything is quantized.
+
+    Args:
+        format: "gptq" or "compressed-tensors".
+        settings: Of the layers.
+        layout: Of the model.
+        shapes: Of each layer to quantize, (out, in), by its full name.
+
+    Raises:
+        FormatError: says what to quantize with instead.
+    """
+    if format == "compressed-tensors":
+        compressed.check_library()
+    _check_settings(settings, experts=layout.experts)
+    _check_whole(module_table(layout.linears))
+    for name, (rows, columns) in shapes.items():
+        _check_groups(name, columns, settings.group_size)
+        if format == "gptq":
+            check_widths(name, rows, columns)
+
+
+def _check_settings(settings: LayerSettings, *, experts: bool) -> None:
+    if settings.grid != "scalar":
+        raise FormatError(f"grid must be scalar to be exported, got {settings.grid!r}")
+    if settings.incoherence != "none" or settings.rescale:
+        raise FormatError(
+            "a model that is rotated or rescaled at run time cannot be exported; quantize with "
+            "--rotate fold, which puts the rotation into the weights"
+        )
+    if settings.sym and not settings.integer_zero:
+        zero = symmetric_zero(settings.bits, integer=False)
+        raise FormatError(
+            f"zeros must be integers to be exported, got {zero}; quantize with --integer-zero"
+        )
+    if experts:
+        raise FormatError(
+            "a model with quantized experts cannot be exported, only dense ones; leave the experts "
+            "out with --skip '*.experts.*'"
+        )
+
+
+def _check_groups(name: str, columns: int, size: int) -> None:
+    if size > 0 and columns % size:
+        raise FormatError(
+            f"layer {name!r}: its input width must be a multiple of the group size {size}, "
+            f"got {columns}; quantize with another --groupsize, or leave the layer out "
+            f"with --skip '*.{name.rpartition('.')[2]}'"
+        )
+
+
+def _check_whole(modules: Mapping[str, list[int] | None]) -> None:
+    partial = [name for name, blocks in modules.items() if blocks is not None]
+    if partial:
+        raise FormatError(
+            "layers must be quantized in all blocks or in none to be exported, "
+            f"got {partial[0]!r} in some"
+        )
 
 
 class _Checkpoint:
@@ -99,28 +180,6 @@ class _Checkpoint:
         check_sizes(self.model_config, read_headers(weight_paths(folder)))
         self.widths = linear_widths(folder)
 
-    def check(self) -> None:
-        """Refuse what no integer format can hold, before anything is read.
-
-        Raises:
-            FormatError: says what to quantize with instead.
-        """
-        settings = self.settings
-        if settings.grid != "scalar":
-            raise FormatError(f"grid must be scalar to be exported, got {settings.grid!r}")
-        if settings.incoherence != "none" or settings.rescale:
-            raise FormatError(
-                "a model that is rotated or rescaled at run time cannot be exported; quantize with "
-                "--rotate fold, which puts the rotation into the weights"
-            )
-        if settings.sym and not settings.integer_zero:
-            zero = symmetric_zero(settings.bits, integer=False)
-            raise FormatError(
-                f"zeros must be integers to be exported, got {zero}; quantize with --integer-zero"
-            )
-        if self.config.split_experts:
-            raise FormatError("a model with split experts cannot be exported, only dense ones")
-
     def shards(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield the weight files' names and tensors."""
         for path in weight_paths(self.folder):
@@ -133,13 +192,7 @@ class _Checkpoint:
         bits = self.settings.bits
         scales = tensors[f"{name}.scales"].float()
         columns = self.widths[name]
-        size = self.settings.group_size
-        if size > 0 and columns % size:
-            raise FormatError(
-                f"layer {name!r}: its input width must be a multiple of the group size {size}, "
-                f"got {columns}; quantize with another --groupsize, or leave the layer out "
-                f"with --skip '*.{name.rpartition('.')[2]}'"
-            )
+        _check_groups(name, columns, self.settings.group_size)
         if f"{name}.zeros" in tensors:
             zeros = tensors[f"{name}.zeros"].float()
         else:
@@ -215,12 +268,7 @@ class _Checkpoint:
     def _skipped(self) -> list[str]:
         """Return the names of the linear layers that are not quantized, the head among them."""
         quantized = set(self.config.modules)
-        partial = [name for name, blocks in self.config.modules.items() if blocks is not None]
-        if partial:
-            raise FormatError(
-                "layers must be quantized in all blocks or in none to be exported, "
-                f"got {partial[0]!r} in some"
-            )
+        _check_whole(self.config.modules)
         prefix = f"{self.config.blocks}."
         inside = {
             n.removeprefix(prefix).partition(".")[2] for n in self.widths if n.startswith(prefix)

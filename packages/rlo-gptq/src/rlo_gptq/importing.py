@@ -114,10 +114,9 @@ def _write(
         return unpack_layer(name, parts, bits=bits, checkpoint_format=checkpoint_format)
 
     permuted = False
-
     widths = linear_widths(folder)
     blocks, modules = _module_table(layers, widths)
-    sym, sizes = True, set()
+    sym, sizes = True, dict[str, tuple[int, int]]()
     for name in layers:
         layer = layer_of(name)
         if widths.get(name) != layer.codes.shape[1]:
@@ -128,11 +127,9 @@ def _write(
         sym = sym and is_symmetric(layer)
         ordered, order = in_runs(layer)
         permuted = permuted or order is not None
-        sizes.add(group_size_of(name, ordered))
-    if len(sizes) > 1:
-        raise FormatError(f"layers must share one group size, got {sorted(sizes)}")
+        sizes[name] = (group_size_of(name, ordered), layer.codes.shape[1])
     settings = LayerSettings(
-        bits=bits, method="gptq", group_size=sizes.pop(), sym=sym, integer_zero=True
+        bits=bits, method="gptq", group_size=_one_size(sizes), sym=sym, integer_zero=True
     )
     writer = ShardWriter(out)
     for file, names in files.items():
@@ -147,6 +144,19 @@ def _write(
     quantization = quantization_config(settings, blocks=blocks, modules=modules, permuted=permuted)
     writer.finish({**config, "quantization_config": quantization}, texts=folder)
     return settings, len(layers)
+
+
+def _one_size(sizes: Mapping[str, tuple[int, int]]) -> int:
+    """Return the group size of all layers, given those of each and its width.
+
+    One group for a row is also one of any size that is as wide as the row.
+    """
+    grouped = {size for size, _ in sizes.values() if size > 0}
+    size = grouped.pop() if len(grouped) == 1 else -1
+    if grouped or (size > 0 and any(own < 0 and width > size for own, width in sizes.values())):
+        found = sorted({own for own, _ in sizes.values()})
+        raise FormatError(f"layers must share one group size, got {found}")
+    return size
 
 
 def in_runs(layer: GridLayer) -> tuple[GridLayer, Tensor | None]:

@@ -8,7 +8,6 @@ again; keeping the adapter beside the packed model costs nothing but its own few
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from rlo_gptq.loftq import AdapterError, adapted_layers
 from rlo_gptq.options import Options
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings, TuneSettings
-from rlo_gptq.shards import ShardWriter, new_folder
+from rlo_gptq.shards import ShardWriter, file_digests, new_folder
 from rlo_gptq.work import PLAN_FILE
 
 ADAPTER_FILE = "adapter_config.json"
@@ -152,17 +151,10 @@ def write_merged(adapter: Path, out: Path) -> Path:
 
 def _origin(adapter: Path) -> dict[str, str]:
     """Return what identifies an adapter and the packed model it belongs to."""
-    files = [adapter / ADAPTER_WEIGHTS, *weight_files(adapter_base(adapter))]
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise AdapterError(f"{str(file.parent)!r} lacks {file.name}")
-        digest = hashlib.sha256()
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 20):
-                digest.update(chunk)
-        found[str(file)] = digest.hexdigest()
-    return found
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise AdapterError(f"{str(adapter)!r} lacks {weights.name}")
+    return file_digests([weights, *weight_files(adapter_base(adapter))])
 
 
 @torch.no_grad()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlo_core.errors import RLOError
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlo_gptq.experts import is_fused_experts, split_experts
+from rlo_gptq.experts import SplitExperts, is_fused_experts, split_experts
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Layers that choose experts: tiny, and a wrong choice costs far more than the bits."""
@@ -36,11 +36,13 @@ class Layout:
         count: How many blocks.
         linears: For each block the names, inside the block, of the layers to quantize, in the
             module's order.
+        experts: Whether fused experts have to be split into such layers; not if all are skipped.
     """
 
     blocks: str
     count: int
     linears: tuple[tuple[str, ...], ...]
+    experts: bool = False
 
     def block_name(self, index: int) -> str:
         """Return the full name of a block, e.g. "model.layers.3"."""
@@ -118,8 +120,8 @@ def find_layout(model: PreTrainedModel, *, skip: Sequence[str] = ()) -> Layout:
         skip: Patterns with `*` of full names that stay as they are, e.g. "*.down_proj".
 
     Raises:
-        UnsupportedModelError: no such blocks, an encoder-decoder model, or nothing left to
-            quantize.
+        UnsupportedModelError: no such blocks, an encoder-decoder model, a pattern that no layer
+            has, or nothing left to quantize.
     """
     kind = f"{type(model).__name__} (model type {model.config.model_type!r})"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -136,15 +138,28 @@ def find_layout(model: PreTrainedModel, *, skip: Sequence[str] = ()) -> Layout:
             f"with {_found(model)}"
         )
     path, blocks = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    every = [
+        [name for name in _linears(block) if name.rpartition(".")[2] not in _ROUTERS]
+        for block in blocks
+    ]
+    whole = Layout(path, len(blocks), tuple(map(tuple, every)))
+    for pattern in skip:
+        if not fnmatch.filter(whole.names(), pattern):
+            inside_block = sorted({name for names in every for name in names})
+            raise UnsupportedModelError(
+                f"no layer of {kind} is named {pattern!r}, as --skip says; its blocks at {path!r} "
+                f"have {', '.join(inside_block[:12])}"
+            )
     linears = tuple(
         tuple(
             name
-            for name in _linears(block)
-            if name.rpartition(".")[2] not in _ROUTERS
-            and not any(fnmatch.fnmatchcase(f"{path}.{index}.{name}", p) for p in skip)
+            for name in names
+            if not any(fnmatch.fnmatchcase(f"{path}.{index}.{name}", p) for p in skip)
         )
-        for index, block in enumerate(blocks)
+        for index, names in enumerate(every)
     )
     if not any(linears):
         raise UnsupportedModelError(f"nothing is left to quantize in {kind} after --skip")
-    return Layout(path, len(blocks), linears)
+    layout = Layout(path, len(blocks), linears)
+    split = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, SplitExperts))
+    return replace(layout, experts=any(name.startswith(split) for name in layout.names()))

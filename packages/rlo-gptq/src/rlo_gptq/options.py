@@ -34,6 +34,8 @@ class Options:
         hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
         rotate: "fold" folds random rotations into the weights before anything else.
         tune: Finetune each block's scales and norms against its dense output; None does not.
+        formats: Other formats it is going to be written in; what they cannot hold is refused before
+            anything is done.
     """
 
     model: str
@@ -52,11 +54,12 @@ class Options:
     hessian_energy: bool = False
     rotate: str | None = None
     tune: TuneSettings | None = None
+    formats: tuple[str, ...] = ()
 
     def decisions(self) -> dict[str, Any]:
         """Return what decides the codes: not where the model is, nor how activations are kept."""
         deciding = asdict(self)
-        for name in ("model", "dataset", "offload", "trust_remote_code", "split"):
+        for name in ("model", "dataset", "offload", "trust_remote_code", "split", "formats"):
             del deciding[name]
         return deciding
 

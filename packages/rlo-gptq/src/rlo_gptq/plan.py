@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from rlo_gptq.hessian import CalibrationError
 from rlo_gptq.models import Layout, find_layout, split_all_experts
 from rlo_gptq.packing import packed_words
 from rlo_gptq.quant_linear import groups_of
@@ -32,11 +33,13 @@ class Plan:
     Args:
         layout: Blocks and layers.
         seqlen: Tokens of a calibration sequence.
+        shapes: Of each layer to quantize, (out, in), by its full name.
         summary: Numbers to show: parameters, bytes, memory, time.
     """
 
     layout: Layout
     seqlen: int
+    shapes: dict[str, tuple[int, int]]
     summary: dict[str, Any]
 
 
@@ -44,22 +47,29 @@ def discover(source: ModelSource, options: Options) -> Plan:
     """Find the layers and estimate memory and time; loads no weights.
 
     The time is a guess from operation counts, good to a factor of a few.
+
+    Raises:
+        UnsupportedModelError: there are no layers to quantize.
+        CalibrationError: the sequences are longer than the model's.
     """
     skeleton = copy.deepcopy(source.model)  # splitting experts would hide them from the loader
     split_all_experts(skeleton)
     layout = find_layout(skeleton, skip=options.skip)
     text = source.config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or LONGEST_DEFAULT
+    longest = getattr(text, "max_position_embeddings", None) or (1 << 30)
     seqlen = options.seqlen or min(longest, LONGEST_DEFAULT)
+    if seqlen > longest:
+        raise CalibrationError(f"seqlen must be at most the model's {longest}, got {seqlen}")
     dtype: torch.dtype = getattr(torch, options.dtype)
     item = dtype.itemsize
     blocks = list(skeleton.get_submodule(layout.blocks).children())
     block_bytes = max(sum(p.numel() for p in block.parameters()) * item for block in blocks)
-    shapes = [
-        (linear.out_features, linear.in_features)
+    named = {
+        name: (linear.out_features, linear.in_features)
         for name in layout.names()
         if isinstance(linear := skeleton.get_submodule(name), nn.Linear)
-    ]
+    }
+    shapes = list(named.values())
     quantized = sum(m * d for m, d in shapes)
     total = sum(p.numel() for p in skeleton.parameters())
     scale_bytes = getattr(torch, options.layer.scale_dtype).itemsize
@@ -97,6 +107,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     return Plan(
         layout,
         seqlen,
+        named,
         {
             "model_type": source.config.model_type,
             "blocks": layout.count,
@@ -121,7 +132,8 @@ def discover(source: ModelSource, options: Options) -> Plan:
 def _available(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    try:  # free pages alone would leave out the cache of files, which gives way
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return None

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rlo_core.errors import RLOError
 from torch import Tensor
 
 from rlo_gptq.hessian import HessianSum
+
+
+class DeviceError(RLOError):
+    """A device that torch does not know or cannot use."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device for a name; "auto" is this process's GPU if there is one, else the CPU."""
+    """Return the device for a name; "auto" is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
     if device != "auto":
-        return torch.device(device)
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise DeviceError(f"device {device!r} cannot be used: {reason}") from error
+        return chosen
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

@@ -116,6 +116,13 @@ class LayerSettings:
     def _check_compat(self) -> None:
         if self.group_size != -1:
             raise ValueError(f"group_size must be -1 with compat 'quip', got {self.group_size}")
+        if not self.npasses:  # upstream's default, with which these two fail
+            if self.method == "allbal":
+                raise ValueError("npasses must be positive for 'allbal' with compat 'quip', got 0")
+            if self.lazy_batch and self.method in ("ldlq", "ldlqRG"):
+                raise ValueError(
+                    "npasses must be positive with lazy_batch and compat 'quip', got 0"
+                )
         if self.sym == self.integer_zero:
             raise ValueError(
                 "compat 'quip' has two grids, sym without integer_zero (qfn b) and integer_zero "

@@ -264,6 +264,11 @@ class ModelSource:
                     digest.update(handle.read(4096))
         return digest.hexdigest()[:16]
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the model in the type it has in the checkpoint."""
+        stored = self.stored.get(name)
+        return tensor if stored is None or not tensor.is_floating_point() else tensor.to(stored)
+
     def targets(self, keep: Callable[[str], bool]) -> list[str]:
         """Return the model's names of the stored tensors for which `keep` holds, sorted."""
         return sorted({target for target in self._targets.values() if keep(target)})

@@ -41,6 +41,27 @@ class Verified:
     layer: str
 
 
+def check_peer(peer: Peer, format: str) -> None:
+    """Refuse a peer that is not installed, before anything is written for it.
+
+    Args:
+        peer: "transformers" or "gptqmodel".
+        format: "gptq" or "compressed-tensors".
+
+    Raises:
+        FormatError: says what to install.
+    """
+    needed = {"gptqmodel": ["gptqmodel"], "transformers": []}[peer]
+    if peer == "transformers" and format == "gptq":
+        needed = ["optimum", "gptqmodel"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise FormatError(
+            f"--verify-with {peer} needs {' and '.join(missing)} for this format; "
+            "pip install 'rlo-gptq[gptqmodel]'"
+        )
+
+
 def verify_export(ours: Path, exported: Path, peer: Peer, *, tokens: int = 64) -> Verified:
     """Load `exported` in `peer`, on the CPU, and compare its logits with those of `ours`.
 
@@ -54,15 +75,8 @@ def verify_export(ours: Path, exported: Path, peer: Peer, *, tokens: int = 64) -
         FormatError: the peer is not installed, cannot load the export, or its logits differ by more
             than `TOLERANCE`.
     """
-    needed = {"gptqmodel": ["gptqmodel"], "transformers": []}[peer]
-    if peer == "transformers" and (exported / "quantize_config.json").is_file():
-        needed = ["optimum", "gptqmodel"]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise FormatError(
-            f"--verify-with {peer} needs {' and '.join(missing)} for this format; "
-            "pip install 'rlo-gptq[gptqmodel]'"
-        )
+    gptq = (exported / "quantize_config.json").is_file()
+    check_peer(peer, "gptq" if gptq else "compressed-tensors")
     from rlo_gptq.checkpoint import load
 
     model = load(ours, dtype=torch.float32)

@@ -53,18 +53,24 @@ class GridLayer:
         return scales * (self.codes.float() - self.zeros.float()[:, self.group_of])
 
 
-def check_layer(name: str, layer: GridLayer) -> None:
-    """Raise FormatError with the layer's name if the GPTQ format cannot hold it."""
-    out_features, in_features = layer.codes.shape
-    if layer.bits not in GPTQ_BITS:
-        raise FormatError(f"layer {name!r}: bits must be 2, 3, 4 or 8 for GPTQ, got {layer.bits}")
+def check_widths(name: str, out_features: int, in_features: int) -> None:
+    """Raise FormatError with the layer's name for a shape that readers of GPTQ do not take."""
     # The readers' kernels take whole blocks of 32 on both axes, whatever the bit width.
     for axis, size in (("input", in_features), ("output", out_features)):
         if size % WORD:
             raise FormatError(
                 f"layer {name!r}: its {axis} width must be a multiple of 32 for the GPTQ format, "
-                f"got {size}; save in our own format instead, which takes any width"
+                f"got {size}; leave it out with --skip '*.{name.rpartition('.')[2]}'; "
+                "compressed-tensors and our own format take any width"
             )
+
+
+def check_layer(name: str, layer: GridLayer) -> None:
+    """Raise FormatError with the layer's name if the GPTQ format cannot hold it."""
+    out_features, in_features = layer.codes.shape
+    if layer.bits not in GPTQ_BITS:
+        raise FormatError(f"layer {name!r}: bits must be 2, 3, 4 or 8 for GPTQ, got {layer.bits}")
+    check_widths(name, out_features, in_features)
     zeros = layer.zeros
     if bool((zeros != zeros.round()).any()):
         raise FormatError(

@@ -116,15 +116,9 @@ def _vector_balance(x: Tensor, hessian: Tensor, settings: LayerSettings, seed: i
 
 
 def _passes(settings: LayerSettings) -> int:
-    passes = settings.npasses or 0
-    if settings.method == "allbal" and passes == 0:
-        raise ValueError("npasses must be positive for 'allbal' with compat 'quip', got 0")
-    if settings.lazy_batch and settings.method in ("ldlq", "ldlqRG"):
-        # The number of passes arrives as the block size, and False as the number of passes.
-        if passes == 0:
-            raise ValueError("npasses must be positive with lazy_batch and compat 'quip', got 0")
-        return 0
-    return passes
+    # With lazy_batch the passes arrive as the block size, and False as the number of passes.
+    lazy = settings.lazy_batch and settings.method in ("ldlq", "ldlqRG")
+    return 0 if lazy else settings.npasses or 0
 
 
 def _clipped(weight: Tensor, grid: ScalarGrid) -> Tensor:
