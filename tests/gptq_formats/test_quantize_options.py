@@ -48,6 +48,7 @@ def quantize(tiny, name: str, *options: str):
 
 
 def test_folded_rotations_export_to_both_formats_in_one_run_and_are_verified(tiny) -> None:
+    pytest.importorskip("compressed_tensors")
     result = quantize(
         tiny, "out", "--rotate", "fold", "--groupsize", "32", "--format", "gptq",
         "--format", "compressed-tensors",
