@@ -217,6 +217,12 @@ def test_the_commands_merge_and_evaluate_an_adapter(trained, quantized, text_fil
         found[name] = json.loads(result.stdout)["perplexity"]
     assert all(map(math.isfinite, found.values()))
     assert found["adapter"] != found["base"]
+    words = ("eval", tmp_path / "m", text_file, "--original", "--split", "train", "--json")
+    both = json.loads(run(*words, "--max-tokens", 500).stdout)
+    assert both["original_perplexity"] == found["adapter"]
+    rows = json.loads(run("compare", quantized, trained, tmp_path / "m", "--json").stdout)
+    assert [row["method"] for row in rows] == ["gptq", "gptq + adapter", "gptq"]
+    assert rows[1]["bytes"] > rows[0]["bytes"]
 
 
 def test_a_known_failure_of_merge_is_one_line(tmp_path, text_file):
@@ -224,6 +230,14 @@ def test_a_known_failure_of_merge_is_one_line(tmp_path, text_file):
     result = run("merge", tmp_path / "a", text_file, "--save", tmp_path / "m")
     assert result.exit_code == 1
     assert result.output.strip().endswith("has no adapter_config.json")
+
+
+def test_a_merge_that_is_refused_leaves_no_dense_model_behind(trained, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run("merge", trained, "/no/such/text", "--save", tmp_path / "m")
+    assert result.exit_code == 1
+    assert "Error: no data set '/no/such/text'" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 hf = pytest.importorskip("rlo_hf.cli")

@@ -13,6 +13,7 @@ import pytest
 import rlo_gptq
 import torch
 import transformers
+from rlo_gptq.card import model_card
 from rlo_gptq.checkpoint import write_weights
 from rlo_gptq.hf_quantizer import RLOGPTQConfig, module_table
 from rlo_gptq.quant_linear import QuantLinear
@@ -162,6 +163,14 @@ def test_the_model_card_says_how_to_load_and_names_no_path(quantized):
     assert "import rlo_gptq" in card
     assert "ignore_mismatched_sizes" in card
     assert str(quantized.parent) not in card + (quantized / "config.json").read_text()
+
+
+def test_a_folder_is_not_named_as_a_model_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    about = {"dataset": "text.txt", "settings": LayerSettings(), "size": 1, "version": "1"}
+    assert "base_model" not in model_card(base="models/mine", records=[], **about)
+    assert "base_model: some/model\n" in model_card(base="some/model", records=[], **about)
 
 
 def test_blocks_that_differ_are_listed_by_number():

@@ -13,6 +13,7 @@ import transformers
 from click.testing import CliRunner
 from rlo_core.runs import read_metrics, read_run
 from rlo_gptq.cli import main
+from rlo_gptq.progress import Bar
 
 
 def run(*arguments: object, code: int = 0):
@@ -231,3 +232,13 @@ def test_torchrun_with_two_processes_makes_a_model(model_folder, text_file, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layers"] == 14
+
+
+def test_the_bar_says_which_block_is_at_work_and_ends_full():
+    with Bar([]) as bar:
+        task = bar.bar.tasks[0]
+        assert (task.description, task.fields["at"]) == ("prepare", "")
+        bar.block(1, 2, "quantize")
+        assert (task.description, task.fields["at"]) == ("quantize", "block 2 of 2")
+        assert (task.completed, task.total) == (1, 2)
+    assert (task.completed, task.description) == (2, "done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rlo_gptq.settings import LayerSettings
@@ -68,7 +69,7 @@ def model_card(
         version: Of rlo-gptq.
         folded: Whether random rotations were folded into the weights first.
     """
-    hub = not base.startswith((".", "/", "~")) and base.count("/") == 1
+    hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
     shown = base if hub else base.rstrip("/").rpartition("/")[2]
     worst = sorted(records, key=lambda record: -float(record["proxy"]))[:10]
     mean = sum(float(record["proxy"]) for record in records) / max(1, len(records))

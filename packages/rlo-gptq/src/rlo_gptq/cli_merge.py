@@ -108,7 +108,7 @@ def merge_adapter(
         processes.wait()
         options = replace(options, model=str(dense), offload=offload)
         try:
-            document = run_quantization(options, folder, device=device, base=adapter.name)
+            document = run_quantization(options, folder, device=device, base=str(adapter))
             processes.wait()
         finally:
             if processes.first and not (folder / PARTS).is_dir():  # nothing can go on from it

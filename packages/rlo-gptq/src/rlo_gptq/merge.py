@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def load_adapted(adapter: Path, **options: Any) -> nn.Module:
         raise AdapterError(
             "adapters need the package peft: pip install 'rlo-gptq[peft]'"
         ) from error
-    model: nn.Module = peft.PeftModel.from_pretrained(load(base, **options), str(adapter))
+    with warnings.catch_warnings():  # peft 0.21 asks transformers by a name that is going away
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model: nn.Module = peft.PeftModel.from_pretrained(load(base, **options), str(adapter))
     return model.eval()
 
 

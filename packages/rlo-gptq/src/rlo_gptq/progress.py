@@ -58,22 +58,26 @@ class Bar(Log):
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("block {task.completed}/{task.total}"),
+            TextColumn("{task.fields[at]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task("quantize", total=None)
+        self.task = self.bar.add_task("prepare", total=None, at="")
 
     def __enter__(self) -> Bar:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            total = self.bar.tasks[self.task].total
+            self.bar.update(self.task, completed=total, description="done", at="")
         self.bar.stop()
 
     def block(self, index: int, count: int, status: str) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=index, total=count, description=status)
+        at = f"block {index + 1} of {count}"
+        self.bar.update(self.task, completed=index, total=count, description=status, at=at)
 
     def layer(self, record: dict[str, Any]) -> None:
         """Print the layer above the bar."""
