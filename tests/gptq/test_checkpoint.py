@@ -218,6 +218,10 @@ HOSTILE = [
         rf"tensor '{NAME}.input_scale' must be positive",
     ),
     (
+        lambda t: t[f"{NAME}.input_scale"].fill_(1e38),
+        rf"tensor '{NAME}.input_scale' must give finite weights, got ",
+    ),
+    (
         set_to("model.norm.weight", torch.zeros(25)),
         r"tensor 'model.norm.weight' must have shape \(24,\), got \(25,\)",
     ),

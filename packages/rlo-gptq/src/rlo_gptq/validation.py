@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,14 +198,15 @@ def check_values(name: str, module: QuantLinear) -> None:
             torch.equal(module.order.long().sort().values, every),
             f"tensor '{name}.order' must hold each of 0..{module.in_features - 1} once",
         )
-    # A finite scale of 1e38 still gives infinite weights.
-    most = float(module.scales.abs().max()) * 2**module.bits
+    # A finite scale of 1e38 still gives infinite weights: the largest factor is named.
+    factors = {"scales": float(module.scales.abs().max()) * 2**module.bits}
     if module.zeros is not None:
-        most *= 1 + float(module.zeros.abs().max())
+        factors["zeros"] = 1 + float(module.zeros.abs().max())
     if module.input_scale is not None:
-        most *= max(1.0, float(module.input_scale.max()))
+        factors["input_scale"] = max(1.0, float(module.input_scale.max()))
+    most, largest = math.prod(factors.values()), max(factors, key=lambda child: factors[child])
     require(
-        most < LARGEST_WEIGHT, f"tensor '{name}.scales' must give finite weights, got {most:.3g}"
+        most < LARGEST_WEIGHT, f"tensor '{name}.{largest}' must give finite weights, got {most:.3g}"
     )
 
 
