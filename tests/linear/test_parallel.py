@@ -39,6 +39,7 @@ def start(rank: int, body: Callable[[int], None], store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     try:
         body(rank)
+        dist.barrier()  # a rank that leaves early can hang the other in torch 2.6
     finally:
         dist.destroy_process_group()
 
