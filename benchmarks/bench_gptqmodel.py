@@ -35,7 +35,8 @@ from bench_models import split_stories
 from harness import RESULTS, write_results
 from rlo_gptq.evaluate import evaluate_perplexity
 from rlo_gptq.importing import import_checkpoint
-from rlo_gptq.pipeline import Options, load_calibration
+from rlo_gptq.options import Options
+from rlo_gptq.pipeline import load_calibration
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.source import ModelSource
 
@@ -68,7 +69,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from rlo_gptq.cli_quantize import run_quantization
-from rlo_gptq.pipeline import Options
+from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings
 
 torch.set_num_threads(1)

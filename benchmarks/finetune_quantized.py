@@ -21,7 +21,7 @@ from harness import RESULTS, write_results
 from rlo_gptq.cli_merge import merge_adapter
 from rlo_gptq.cli_quantize import run_quantization
 from rlo_gptq.evaluate import evaluate_perplexity
-from rlo_gptq.pipeline import Options
+from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings, TuneSettings
 from rlo_hf.finetune import finetune
 from rlo_hf.finetune_options import FinetuneOptions

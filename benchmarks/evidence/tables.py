@@ -235,19 +235,20 @@ def quantization() -> str:
         seeds = sorted(set.intersection(*(set(cell[loss]) for loss in losses)))
         if not seeds:
             continue
-
-        def mean(loss: str, key: str, cell: Any = cell, seeds: list[int] = seeds) -> str:
-            return f"{statistics.fmean(cell[loss][s][key] for s in seeds):.2f}"
-
+        means = {
+            (loss, when): f"{statistics.fmean(cell[loss][s][when] for s in seeds):.2f}"
+            for loss in losses
+            for when in ("before", "after")
+        }
         if len(rows) == 1:
-            before = [part for loss in others for part in (mean(loss, "before"), "")]
-            rows.append(["not quantized", str(len(seeds)), mean("ce", "before"), "", *before])
+            before = [part for loss in others for part in (means[loss, "before"], "")]
+            rows.append(["not quantized", str(len(seeds)), means["ce", "before"], "", *before])
         control = [cell["ce"][s]["degradation"] for s in seeds]
-        row = [f"{bits}, {method}, {incoherence}", str(len(seeds)), mean("ce", "after")]
+        row = [f"{bits}, {method}, {incoherence}", str(len(seeds)), means["ce", "after"]]
         row.append(spread(control, 3))
         for loss in others:
             theirs = [cell[loss][s]["degradation"] for s in seeds]
-            row += [mean(loss, "after"), difference(list(zip(control, theirs, strict=True)), 3)]
+            row += [means[loss, "after"], difference(list(zip(control, theirs, strict=True)), 3)]
         rows.append(row)
     return markdown(rows)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from rlo_gptq.checkpoint import write_checkpoint
-from rlo_gptq.pipeline import Options, Result, quantize_model
+from rlo_gptq.options import Options
+from rlo_gptq.pipeline import Result, quantize_model
 from rlo_gptq.processes import Processes
 from rlo_gptq.settings import LayerSettings
 

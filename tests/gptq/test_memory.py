@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 import torch
 from rlo_gptq.cli_quantize import run_quantization
-from rlo_gptq.pipeline import Options
+from rlo_gptq.options import Options
 from rlo_gptq.plan import discover
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.source import ModelSource

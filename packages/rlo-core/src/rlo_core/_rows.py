@@ -104,11 +104,13 @@ class _RowLoss(torch.autograd.Function):
         kept: int | Tensor = len(target)
         if reduction == "none":
             loss = loss.squeeze(1)
-        elif dropped is not None:
-            kept = len(target) - dropped.sum()
-            loss = loss.sum() / kept if reduction == "mean" else loss.sum()
+        elif reduction == "sum":
+            loss = loss.sum()
+        elif dropped is None:
+            loss = loss.mean()
         else:
-            loss = loss.mean() if reduction == "mean" else loss.sum()
+            kept = len(target) - dropped.sum()
+            loss = loss.sum() / kept
         ctx.save_for_backward(q, ce, index, dropped)
         ctx.options = link, kept, reduction, logits.dtype
         ctx.set_materialize_grads(False)

@@ -12,7 +12,13 @@ from rlo_core.errors import RLOError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rlo_gptq.calibrate import Activations, BlockCall, collect_hessians, input_groups
+from rlo_gptq.calibrate import (
+    Activations,
+    BlockCall,
+    collect_hessians,
+    input_groups,
+    run_sequences,
+)
 from rlo_gptq.layer import quantize_layer
 from rlo_gptq.models import Layout
 from rlo_gptq.options import Options, layer_seed
@@ -20,7 +26,7 @@ from rlo_gptq.processes import Processes
 from rlo_gptq.quant_linear import QuantLinear
 from rlo_gptq.source import ModelSource
 from rlo_gptq.stages import linear_of, stages
-from rlo_gptq.tune import dense_outputs, restore_norms, tune_block
+from rlo_gptq.tune import restore_norms, tune_block
 from rlo_gptq.work import WorkFolder
 
 
@@ -80,7 +86,7 @@ class BlockQuantizer:
         tune = self.options.tune is not None and bool(linears)
         targets = self._like(activations) if tune else None
         if targets is not None:
-            dense_outputs(block, call, activations, targets, len(mine))
+            run_sequences(block, call, activations, targets, len(mine))
         if linears:
             groups = input_groups(block, linears, call, activations.get(0, self.processes.device))
             # Each process traces its own sequence, and experts are reached by some only.

@@ -223,6 +223,15 @@ def check_same_calls(left: list[BlockCall], right: list[BlockCall], model: str) 
                 )
 
 
+def run_sequences(
+    block: nn.Module, call: BlockCall, inputs: Activations, outputs: Activations, rows: int
+) -> None:
+    """Fill `outputs` with what the block makes of `inputs`, which may be the same."""
+    device = next(block.parameters()).device
+    for row in range(rows):
+        outputs.set(row, call.run(block, inputs.get(row, device)))
+
+
 def input_groups(
     block: nn.Module, linears: Sequence[str], call: BlockCall, hidden: Tensor
 ) -> list[list[str]]:

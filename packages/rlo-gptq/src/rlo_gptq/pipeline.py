@@ -22,6 +22,7 @@ from rlo_gptq.calibrate import (
     BlockCall,
     check_same_calls,
     record_inputs,
+    run_sequences,
     sample_sequences,
     token_ids,
 )
@@ -29,8 +30,7 @@ from rlo_gptq.export import check_exportable
 from rlo_gptq.fold_checkpoint import fold_checkpoint
 from rlo_gptq.hessian import CalibrationError
 from rlo_gptq.models import Layout, split_all_experts
-from rlo_gptq.options import PLAIN
-from rlo_gptq.options import Options as Options
+from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.plan import Plan, discover
 from rlo_gptq.processes import Processes
 from rlo_gptq.progress import Progress
@@ -214,9 +214,7 @@ class _Run:
             else:
                 blocks.quantize(block, index, part, calls[index], activations, mine)
             if index + 1 < self.layout.count:
-                for row, _ in enumerate(mine):
-                    hidden = activations.get(row, self.device)
-                    activations.set(row, calls[index].run(block, hidden))
+                run_sequences(block, calls[index], activations, activations, len(mine))
             release(block)
 
     def _save_rest(self) -> None:
@@ -267,9 +265,7 @@ class _Run:
         for index in range(self.layout.count):
             self.progress.block(index, self.layout.count, "weigh tokens")
             block = self.source.load_module(self.layout.block_name(index))
-            for row, _ in enumerate(mine):
-                hidden = activations.get(row, self.device)
-                activations.set(row, calls[index].run(block, hidden))
+            run_sequences(block, calls[index], activations, activations, len(mine))
             release(block)
         tied = model.all_tied_weights_keys
         self.source.load(lambda name: not name.startswith(f"{path}."))

@@ -166,15 +166,6 @@ class _Data:
         return error.sum(), energy.sum()
 
 
-def dense_outputs(
-    block: nn.Module, call: BlockCall, inputs: Activations, targets: Activations, rows: int
-) -> None:
-    """Fill `targets` with the outputs of the block, whose weights are still dense."""
-    device = next(block.parameters()).device
-    for row in range(rows):
-        targets.set(row, call.run(block, inputs.get(row, device)))
-
-
 def tune_block(
     block: nn.Module,
     packed: Mapping[str, QuantLinear],
