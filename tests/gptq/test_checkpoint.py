@@ -56,6 +56,13 @@ def test_importing_the_package_imports_neither_torch_nor_transformers():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("first", ["models", "quant_linear", "settings", "validation"])
+def test_what_the_registered_quantizer_imports_does_not_import_transformers(first):
+    """Else transformers' models, being imported, would ask for a half imported module of ours."""
+    done = run_python(f"import sys, rlo_gptq.{first}; print('transformers' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
 @pytest.mark.parametrize("bits", [2, 8])
 def test_without_the_package_the_packed_shapes_are_refused(
     bits, model_folder, text_file, quantize_to, tmp_path

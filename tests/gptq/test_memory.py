@@ -111,7 +111,7 @@ def test_peak_memory_is_one_block_the_activations_and_three_hessians(
     printed = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         env=environment,
     ).stdout

@@ -12,12 +12,15 @@ import fnmatch
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from rlo_core.errors import RLOError
 from torch import nn
-from transformers import PreTrainedModel
 
 from rlo_gptq.experts import SplitExperts, is_fused_experts, split_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Layers that choose experts: tiny, and a wrong choice costs far more than the bits."""
