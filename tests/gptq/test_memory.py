@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import transformers
+from rlo_gptq.demo import byte_tokenizer
 from rlo_gptq.settings import LayerSettings
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 WIDTH, INNER = 256, 1024
 
@@ -31,10 +31,7 @@ def save_llama(folder: Path, blocks: int, width: int = WIDTH, inner: int = INNER
         max_position_embeddings=128,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return (folder / "model.safetensors").stat().st_size
 
 

@@ -7,18 +7,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rlo_gptq.cli import main
+from rlo_gptq.demo import byte_tokenizer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 @pytest.fixture
 def tiny(tmp_path):
     """A tiny Llama with a byte tokenizer, and a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=64,

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from rlo_core.errors import DataError
-from rlo_core.text import hold_out, load_text
+from rlo_core.text import hold_out, load_first_split, load_text
 
 
 def test_a_text_file_is_one_running_text(tmp_path):
@@ -54,6 +54,14 @@ def test_splits_are_read_from_file_and_folder_names(tmp_path):
     (tmp_path / "README.txt").write_text("not data")
     assert load_text(str(tmp_path), "train").documents == ["t0", "t1"]
     assert load_text(str(tmp_path), "test").documents == ["held out"]
+
+
+def test_the_first_split_that_a_data_set_has_is_taken(tmp_path):
+    (tmp_path / "validation.txt").write_text("held out")
+    data, split = load_first_split(str(tmp_path), ["test", "validation"])
+    assert (data.documents, split) == (["held out"], "validation")
+    with pytest.raises(DataError, match="train"):
+        load_first_split(str(tmp_path), ["test", "train"])
 
 
 def test_rows_that_are_lines_are_one_running_text(tmp_path):

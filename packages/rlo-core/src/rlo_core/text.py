@@ -7,11 +7,13 @@ then the Hugging Face cache is asked first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from rlo_core.errors import DataError
 from rlo_core.text_files import files_of, read_documents, text_column_of
@@ -131,6 +133,19 @@ def load_text(
     if not any(text.strip() for text in documents):
         raise DataError(f"data set {dataset!r} has no text in its {split} split")
     return _text_data(dataset, documents, separator, running=running, divided=divided)
+
+
+def load_first_split(dataset: str, splits: Sequence[str]) -> tuple[TextData, str]:
+    """Return the first of some splits that a data set has, as `load_text` gives it, and its name.
+
+    Raises:
+        DataError: it has none of them; as `load_text` says of the last.
+    """
+    *others, last = splits
+    for split in others:
+        with contextlib.suppress(DataError):
+            return load_text(dataset, cast("Split", split)), split
+    return load_text(dataset, cast("Split", last)), last
 
 
 def hold_out(data: TextData, share: float = 0.1) -> tuple[TextData, TextData]:

@@ -93,12 +93,11 @@ def merge_adapter(
     Raises:
         RLOError: the adapter, its base, the data or the folder is refused.
     """
-    import shutil
     from dataclasses import replace
 
     from rlo_gptq.merge import adapter_base, quantize_options, write_merged
     from rlo_gptq.processes import join_processes
-    from rlo_gptq.work import PARTS
+    from rlo_gptq.work import discard_unless_begun
 
     options = quantize_options(adapter_base(adapter), dataset, changes=changes, tune=tune)
     with join_processes(device) as processes:
@@ -111,6 +110,6 @@ def merge_adapter(
             document = run_quantization(options, folder, device=device, base=str(adapter))
             processes.wait()
         finally:
-            if processes.first and not (folder / PARTS).is_dir():  # nothing can go on from it
-                shutil.rmtree(dense, ignore_errors=True)
+            if processes.first:
+                discard_unless_begun(dense, folder)
     return document

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rlo_core.errors import DataError, RLOError
+from rlo_core.errors import RLOError
 from rlo_core.perplexity import perplexity
 from rlo_core.runs import read_run
-from rlo_core.text import load_text
+from rlo_core.text import load_first_split
 
 from rlo_gptq.calibrate import token_ids
 from rlo_gptq.checkpoint import load, read_quantization, weight_bytes, weight_files
@@ -108,13 +108,7 @@ def evaluate_perplexity(
         `perplexity`, `ce` (nats per token), `tokens`, `context`, `bytes`, `seconds`, `dataset`, ...
     """
     model, tokenizer, folder = open_model(name, device=device, dtype=dtype)
-    for wanted in [split] if split else ["test", "validation"]:
-        try:
-            data = load_text(dataset, wanted)  # type: ignore[arg-type]
-            break
-        except DataError:
-            if wanted != "test" or split:
-                raise
+    data, found = load_first_split(dataset, [split] if split else ["test", "validation"])
     window = _window(model, context)
     begin = time.perf_counter()
     with torch.inference_mode():
@@ -128,7 +122,7 @@ def evaluate_perplexity(
     return {
         "model": name,
         "dataset": dataset,
-        "split": wanted,
+        "split": found,
         "fingerprint": data.fingerprint,
         "perplexity": result.perplexity,
         "ce": result.ce,

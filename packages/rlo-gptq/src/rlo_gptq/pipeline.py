@@ -5,14 +5,13 @@ disk.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rlo_core.text import load_text
+from rlo_core.text import load_first_split
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -36,7 +35,7 @@ from rlo_gptq.processes import Processes
 from rlo_gptq.progress import Progress
 from rlo_gptq.source import ModelSource, find_model, release, require_filled
 from rlo_gptq.token_weights import sequence_weights, tail, weighting_link
-from rlo_gptq.work import PARTS, WorkFolder
+from rlo_gptq.work import WorkFolder, discard_unless_begun
 
 
 @dataclass
@@ -64,17 +63,9 @@ def load_calibration(
     options: Options, source: ModelSource, seqlen: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the calibration sequences, (nsamples, seqlen), and what identifies them."""
-    from rlo_core.errors import DataError
-
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     wanted = [options.split] if options.split else ["train", "validation"]
-    for split in wanted:
-        try:
-            data = load_text(options.dataset, split)  # type: ignore[arg-type]
-            break
-        except DataError:
-            if split == wanted[-1]:
-                raise
+    data, split = load_first_split(options.dataset, wanted)
     ids = token_ids(tokenizer, data)
     sequences = sample_sequences(ids, count=options.nsamples, length=seqlen, seed=options.seed)
     described = {"name": data.name, "split": split, "fingerprint": data.fingerprint}
@@ -152,8 +143,8 @@ def quantize_model(
         return Result(run.records, run.tuned, run.resumed, plan.layout, plan.seqlen, data)
     finally:
         source.close()
-        if processes.first and not (folder / PARTS).is_dir():  # nothing can go on from it
-            shutil.rmtree(folded, ignore_errors=True)
+        if processes.first:
+            discard_unless_begun(folded, folder)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ class WorkFolder:
         """Return what was measured when a part was made."""
         loaded: list[dict[str, Any]] = json.loads(self.part(name).with_suffix(".json").read_text())
         return loaded
+
+
+def discard_unless_begun(copy: Path, folder: Path) -> None:
+    """Remove a model made to be quantized into `folder`, unless a run there can go on from it."""
+    if not (folder / PARTS).is_dir():
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def _short(value: Any) -> str:
