@@ -59,8 +59,7 @@ def earlier(name: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{name}.jsonl"
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return [r if r["method"] == "original" else {"grid": "scalar", **r} for r in records]
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ tests_of() {
     rlo-core) echo tests/core tests/launch tests/linear tests/linear_model ;;
     rlo-timm) echo tests/timm ;;
     rlo-hf\[trl*) echo tests/hf/test_trl.py tests/hf/test_hosts.py ;;
+    # Reading GGUF asks for a newer transformers than the rest does.
+    rlo-hf\[gguf]) echo tests/hf/test_finetune.py ;;
     rlo-hf) echo tests/hf ;;
     # The newer torch that compressed-tensors asks for is not the oldest: a run of its own.
     rlo-gptq\[compressed-tensors]) echo tests/gptq_formats tests/gptq/test_tune.py ;;
@@ -34,7 +36,8 @@ tests_of() {
 requirement_of() {
   case "$1" in
     *\[*) echo "packages/$1" ;;
-    rlo-gptq | rlo-hf) echo "packages/$1[gguf,peft]" ;;
+    rlo-gptq) echo "packages/$1[gguf,peft]" ;;
+    rlo-hf) echo "packages/$1[peft]" ;;
     rlo-stylegan) echo "packages/$1" ;;
     *) echo "packages/$1[all]" ;;
   esac
@@ -44,6 +47,7 @@ requirement_of() {
 pins_of() {
   case "$1" in
     rlo-hf) echo transformers==5.11.0 datasets==3.0.0 ;;
+    rlo-hf\[gguf]) echo transformers==5.20.0 ;;
     rlo-hf\[*) echo transformers==5.11.0 ;;
   esac
 }
@@ -89,7 +93,7 @@ check() {
 
 if [ $# -eq 0 ]; then set -- all; fi
 if [ "$1" = all ]; then
-  packages=(rlo-core rlo-timm rlo-hf rlo-gptq 'rlo-gptq[compressed-tensors]' rlo-stylegan)
+  packages=(rlo-core rlo-timm rlo-hf 'rlo-hf[gguf]' rlo-gptq 'rlo-gptq[compressed-tensors]' rlo-stylegan)
 else
   tests_of "$1" >/dev/null
   packages=("$1")

@@ -5,9 +5,7 @@ takes.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +13,13 @@ from pathlib import Path
 import pytest
 import transformers
 from rlo_gptq.demo import byte_tokenizer
-from rlo_gptq.settings import LayerSettings
 
-WIDTH, INNER = 256, 1024
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
+)
 
 
-def save_llama(folder: Path, blocks: int, width: int = WIDTH, inner: int = INNER) -> int:
+def save_llama(folder: Path, blocks: int, width: int, inner: int) -> int:
     """Save a Llama without training; return the bytes of its weights."""
     config = transformers.LlamaConfig(
         vocab_size=259,
@@ -50,9 +49,9 @@ def status(name):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 torch.set_num_threads(1)
-warm, model, text, scratch, settings = sys.argv[1:]
+settings, text, scratch, *folders = sys.argv[1:]
 layer = LayerSettings(**json.loads(settings))
-for name in (warm, model):
+for name in folders:
     options = Options(model=name, dataset=text, layer=layer, nsamples=4, seqlen=64)
     source = ModelSource(Path(name))
     plan = discover(source, options).summary
@@ -60,14 +59,31 @@ for name in (warm, model):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
     run_quantization(options, Path(scratch, Path(name).name), progress=False)
-print(json.dumps({"peak": status("VmHWM") - before, "plan": plan}))
+    print(json.dumps({"peak": status("VmHWM") - before, "plan": plan}))
 """
 
 LIBRARIES = 16 << 20
 """What the interpreter and its libraries allocate meanwhile: tokenizers, JSON, matrix kernels."""
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def measure(folders: list[Path], text: Path, scratch: Path, settings: dict) -> list[dict]:
+    """Quantize models one after the other in a new process; return the peak and the plan of each.
+
+    The peak is what was allocated beyond what the process had before.
+    """
+    arguments = [json.dumps(settings), str(text), str(scratch), *map(str, folders)]
+    # Memory that is given back leaves the process at once, so that its peak is what was in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ).stdout
+    return [json.loads(line) for line in printed.splitlines()[-len(folders) :]]
+
+
 @pytest.mark.parametrize(
     ("settings", "squares", "inner"),
     [
@@ -101,18 +117,8 @@ def test_peak_memory_is_one_block_the_activations_and_three_hessians(
     """Three matrices (d, d), eight for ldlbal_admm, and six (d, outputs), as the plan says."""
     save_llama(tmp_path / "warm", 1, 64, 128)
     save_llama(tmp_path / "model", 1, 256, inner)
-    arguments = [str(tmp_path / name) for name in ("warm", "model")]
-    arguments += [str(text_file), str(tmp_path / "out"), json.dumps(settings)]
-    # Memory that is given back leaves the process at once, so that its peak is what was in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    printed = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ).stdout
-    measured = json.loads(printed.splitlines()[-1])
+    folders = [tmp_path / "warm", tmp_path / "model"]
+    _, measured = measure(folders, text_file, tmp_path / "out", settings)
     plan, square = measured["plan"], 4 * inner * inner
     bound = plan["block_bytes"] + plan["activation_bytes"] + squares * square + 6 * 4 * inner * 256
     assert plan["largest_hessian_bytes"] == square
@@ -121,23 +127,11 @@ def test_peak_memory_is_one_block_the_activations_and_three_hessians(
 
 
 @pytest.mark.slow
-def test_peak_memory_does_not_grow_with_the_number_of_blocks(text_file, quantize_to, tmp_path):
+def test_peak_memory_does_not_grow_with_the_number_of_blocks(text_file, tmp_path):
     """One block is in memory at a time: six times the blocks cost a fraction of their bytes."""
-    layer = LayerSettings(bits=2, method="nearest", incoherence="hadamard")
-
-    def measured(folder: Path, out: Path, queue) -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        quantize_to(folder, text_file, out, layer, nsamples=2, seqlen=64)
-        queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-
-    context = multiprocessing.get_context("fork")
-    sizes, growths = [], []
-    for blocks in (4, 24):
-        folder = tmp_path / f"model-{blocks}"
-        sizes.append(save_llama(folder, blocks))
-        queue = context.Queue()
-        process = context.Process(target=measured, args=(folder, tmp_path / f"q{blocks}", queue))
-        process.start()
-        growths.append(queue.get(timeout=500))
-        process.join()
-    assert growths[1] - growths[0] < 0.4 * (sizes[1] - sizes[0])
+    settings = {"bits": 2, "method": "nearest", "incoherence": "hadamard"}
+    folders = [tmp_path / name for name in ("warm", "blocks-4", "blocks-24")]
+    save_llama(folders[0], 1, 64, 128)
+    sizes = [save_llama(folder, int(folder.name[7:]), 256, 1024) for folder in folders[1:]]
+    _, few, many = measure(folders, text_file, tmp_path / "out", settings)
+    assert many["peak"] - few["peak"] < 0.1 * (sizes[1] - sizes[0])

@@ -15,6 +15,10 @@ from torch import Tensor
 STEPS = 100
 PENALTY = 0.1
 
+SMALLEST_BLOCK = 192
+MOST_BLOCKS = 16
+"""Of a triangle of blocks: few enough products that a GPU's launches do not show."""
+
 
 def bounded_feedback(hessian: Tensor, *, tolerance: float = 1e-5) -> Tensor:
     """Return N^T, strictly lower triangular (d, d), for a Hessian in the order of visiting.
@@ -25,24 +29,46 @@ def bounded_feedback(hessian: Tensor, *, tolerance: float = 1e-5) -> Tensor:
     target = hessian.flip(0, 1).div_(hessian.diagonal().max())
     inverse = inverse_factor(target)
     target.mul_(-2).tril_(-1)
-    Z = torch.zeros_like(target)
-    dual = torch.zeros_like(target)
+    Z, dual, work, product = (torch.zeros_like(target) for _ in range(4))
     for _ in range(STEPS):
         # Row i of X minimises over its first i - 1 entries: one solve with a leading block each,
         # all of them at once through the inverse of the one Cholesky factor.
-        shifted = ((Z - dual).mul_(PENALTY).add_(target) @ inverse.T).tril_(-1) @ inverse
-        shifted += dual
+        torch.sub(Z, dual, out=work).mul_(PENALTY).add_(target)
+        lower_part(work, inverse.T, product, upper=True).tril_(-1)
+        shifted = lower_part(product, inverse, work).add_(dual)
         torch.div(shifted, shifted.norm(dim=0).clamp(min=1.0), out=dual)
         moved = Z.sub_(dual).norm()
-        Z, dual = dual, shifted.sub_(dual)
+        Z, dual, work = dual, shifted.sub_(dual), Z
         if moved <= tolerance * Z.norm():
             break
-    del target, inverse, dual, shifted
+    del target, inverse, dual, shifted, work, product
     Z.diagonal().fill_(1)
     eye = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
     feedback = torch.linalg.solve_triangular(Z, eye, upper=False, unitriangular=True)
     upper: Tensor = feedback.tril_(-1).flip(0, 1)
     return upper.T.contiguous()
+
+
+def lower_part(a: Tensor, b: Tensor, out: Tensor, *, upper: bool = False) -> Tensor:
+    """Compute the lower triangle of A B into `out`, for A lower triangular; return `out`.
+
+    By blocks, without the products that are known to be zero: a quarter of the time of the whole.
+    Entries above the diagonal are overwritten in the diagonal blocks only.
+
+    Args:
+        a: Shape (d, d), lower triangular.
+        b: Shape (d, d), lower triangular, or upper triangular with `upper`.
+        out: Shape (d, d), neither `a` nor `b`.
+        upper: The form of `b`.
+    """
+    size = max(SMALLEST_BLOCK, -(-len(a) // MOST_BLOCKS))
+    for row in range(0, len(a), size):
+        rows = slice(row, row + size)
+        for column in range(0, row + 1, size):
+            columns = slice(column, column + size)
+            inner = slice(0, column + size) if upper else slice(column, row + size)
+            torch.mm(a[rows, inner], b[inner, columns], out=out[rows, columns])
+    return out
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:
