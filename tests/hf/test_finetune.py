@@ -125,6 +125,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkey
 
 
 def test_adapters_are_saved_alone_or_merged_and_load_on_their_base(folder, tmp_path):
+    pytest.importorskip("peft")
     words = (folder / "llama", folder / "text.txt", "--lora", 4, *FAST, "--json")
     adapted = json.loads(call(*words, "--out", tmp_path / "a").stdout)
     assert (tmp_path / "a" / "model" / "adapter_model.safetensors").is_file()
@@ -135,6 +136,28 @@ def test_adapters_are_saved_alone_or_merged_and_load_on_their_base(folder, tmp_p
         one = load_model(str(tmp_path / "a" / "model"))(ids).logits
         two = load_model(str(tmp_path / "m" / "model"))(ids).logits
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_trained_further_but_takes_no_second_one(folder, tmp_path):
+    pytest.importorskip("peft")
+    words = (folder / "text.txt", *FAST, "--json")
+    first = json.loads(call(folder / "llama", *words, "--lora", 4, "--out", tmp_path / "a").stdout)
+    adapter = tmp_path / "a" / "model"
+    second = json.loads(call(adapter, *words, "--out", tmp_path / "b").stdout)
+    assert second["perplexity_before"] == pytest.approx(first["perplexity_after"], rel=1e-4)
+    assert second["perplexity_after"] < second["perplexity_before"]
+    words = map(str, (adapter, *words, "--lora", 4, "--out", tmp_path / "c"))
+    refused = CliRunner().invoke(main, ["finetune", *words])
+    assert "is an adapter; leave --lora out to train it further" in refused.output
+    assert not (tmp_path / "c").exists()
+
+
+def test_adapters_without_peft_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["no/model", "no/text", "--lora", "4", "--out", str(tmp_path / "r")]
+    refused = CliRunner().invoke(main, ["finetune", *words])
+    assert "--lora needs the package peft: pip install 'rlo-hf[peft]'" in refused.output
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_real_model_and_text_run_offline(shared_data, tmp_path):
@@ -225,6 +248,7 @@ def test_adapters_are_trained_on_a_quantized_checkpoint(folder, tmp_path):
     words = (tmp_path / "packed", folder / "text.txt", *FAST, "--json")
     refused = CliRunner().invoke(main, ["finetune", *map(str, words), "--out", str(tmp_path / "r")])
     assert "is quantized, so its weights cannot be trained; train adapters on it" in refused.output
+    assert not (tmp_path / "r").exists()
     summary = json.loads(call(*words, "--lora", 4, "--out", tmp_path / "run").stdout)
     assert summary["perplexity_after"] < 0.95 * summary["perplexity_before"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from rlo_core.errors import RLOError
@@ -14,7 +15,8 @@ def with_adapters(model: Any, options: FinetuneOptions) -> Any:
     """Return the model as it is trained: with the adapters that the options ask for, or itself.
 
     Raises:
-        ModelError: a quantized model without adapters, no peft, or no layer that takes them.
+        ModelError: a quantized model without adapters, no layer that takes them, or adapters that
+            are there already.
     """
     if not options.lora:
         if getattr(model, "is_quantized", False):
@@ -23,10 +25,10 @@ def with_adapters(model: Any, options: FinetuneOptions) -> Any:
                 "adapters on it with --lora RANK"
             )
         return model
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModelError("--lora needs the package peft: pip install 'rlo-hf[peft]'") from error
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ModelError(f"{options.model!r} is an adapter; leave --lora out to train it further")
     config = peft.LoraConfig(
         r=options.lora,
         lora_alpha=options.lora_alpha or 2 * options.lora,
@@ -43,7 +45,11 @@ def with_adapters(model: Any, options: FinetuneOptions) -> Any:
 
 
 def check_adapters(options: FinetuneOptions) -> None:
-    """Raise RLOError for adapter options that contradict each other, before anything is loaded."""
+    """Check the adapter options, before anything is loaded.
+
+    Raises:
+        RLOError: they contradict each other, or peft is not installed.
+    """
     if options.lora_init not in ("default", "loftq"):
         raise RLOError(f"lora_init must be default or loftq, got {options.lora_init!r}")
     if options.lora_init == "default":
@@ -51,3 +57,5 @@ def check_adapters(options: FinetuneOptions) -> None:
             raise RLOError("--original needs --lora-init loftq")
     elif not options.lora or options.original is None:
         raise RLOError("--lora-init loftq needs --lora and --original MODEL")
+    if options.lora and importlib.util.find_spec("peft") is None:
+        raise ModelError("--lora needs the package peft: pip install 'rlo-hf[peft]'")

@@ -8,6 +8,7 @@ where theirs prints exp of the rooted loss.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +74,8 @@ def finetune(
     model.to(device())
     rows = [] if train is None else _rows(train, tokenizer, options)
     eval_ids = token_ids(held, tokenizer)
+    if not eval_only:
+        model = with_adapters(model, options)
     run = Run.create(
         out,
         kind="hf finetune",
@@ -100,14 +103,14 @@ def finetune(
         say(f"step {step}: perplexity {result.perplexity:.3f}, ce {result.ce:.4f} nats")
         return result
 
-    before = measure(0)
+    with model.disable_adapter() if options.lora and not eval_only else nullcontext():
+        before = measure(0)
     summary: dict[str, Any] = {
         "perplexity_before": before.perplexity,
         "ce_before": before.ce,
         "eval_tokens": before.tokens,
     }
     if not eval_only:
-        model = with_adapters(model, options)
         trainer = trainer_of(model, rows, options, run, measure, say)
         try:
             done = trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
