@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from rlo_gptq.checkpoint import write_checkpoint
+from rlo_gptq.demo import byte_tokenizer
 from rlo_gptq.options import Options
 from rlo_gptq.pipeline import Result, quantize_model
 from rlo_gptq.processes import Processes
@@ -64,21 +65,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token for each byte, and three special ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate(alphabet)}
-    vocab |= {"<s>": 256, "</s>": 257, "<pad>": 258}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     name, options = FAMILIES[family]
     torch.manual_seed(0)
@@ -89,7 +75,9 @@ def save_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32)
             if parameter.ndim > 1:
                 parameter.mul_(5)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
     return folder
 
 
