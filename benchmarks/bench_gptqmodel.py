@@ -33,12 +33,12 @@ from typing import Any, cast
 import torch
 from bench_models import split_stories
 from harness import RESULTS, write_results
-from rlo_gptq.evaluate import evaluate_perplexity
-from rlo_gptq.importing import import_checkpoint
+from rlo_gptq.evaluation.perplexity import evaluate_perplexity
+from rlo_gptq.formats.import_gptq import import_checkpoint
+from rlo_gptq.models.source import ModelSource
 from rlo_gptq.options import Options
-from rlo_gptq.pipeline import load_calibration
+from rlo_gptq.pipeline.blocks import load_calibration
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import ModelSource
 
 BITS, GROUP = 4, 64
 TIMES = ("seconds", "cpu_seconds", "process_cpu_seconds")
@@ -68,7 +68,7 @@ OURS_PROGRAM = """
 import json, sys, time
 from pathlib import Path
 import torch
-from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.cli.quantize import run_quantization
 from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from harness import compare, write_results
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings
 from torch import Tensor
 

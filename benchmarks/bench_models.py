@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from harness import RESULTS, write_results
-from rlo_gptq.cli_quantize import run_quantization
-from rlo_gptq.evaluate import evaluate_perplexity
+from rlo_gptq.cli.quantize import run_quantization
+from rlo_gptq.evaluation.perplexity import evaluate_perplexity
 from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from harness import RESULTS, compare, write_results
-from rlo_gptq.layer import quantize_layer
 from rlo_gptq.rounding.greedy import greedy_pass, start
+from rlo_gptq.rounding.layer import quantize_layer
 from rlo_gptq.rounding.methods import round_matrix
 from rlo_gptq.settings import LayerSettings
 from rlo_gptq.synthetic import make_layer

@@ -17,7 +17,7 @@ import timm
 import torch
 from harness import compare, write_results
 from rlo_core.registry import parse_spec
-from rlo_timm.criteria import counterpart
+from rlo_timm.launcher.criteria import counterpart
 from timm.loss import (
     BinaryCrossEntropy,
     JsdCrossEntropy,

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from harness import RESULTS, write_results
-from rlo_hf.finetune import finetune
-from rlo_hf.finetune_options import FinetuneOptions
+from rlo_hf.finetuning.options import FinetuneOptions
+from rlo_hf.finetuning.run import finetune
 
 SETTINGS = (
     "max_steps",

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from bench_models import split_stories
 from harness import RESULTS, write_results
-from rlo_gptq.cli_merge import merge_adapter
-from rlo_gptq.cli_quantize import run_quantization
-from rlo_gptq.evaluate import evaluate_perplexity
+from rlo_gptq.cli.merge import merge_adapter
+from rlo_gptq.cli.quantize import run_quantization
+from rlo_gptq.evaluation.perplexity import evaluate_perplexity
 from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings, TuneSettings
-from rlo_hf.finetune import finetune
-from rlo_hf.finetune_options import FinetuneOptions
+from rlo_hf.finetuning.options import FinetuneOptions
+from rlo_hf.finetuning.run import finetune
 
 
 def merge(

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rlo_core.runs import machine, versions
+from rlo_core.runs.record import machine, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -19,7 +19,7 @@ import click
 import pyarrow.parquet as pq
 from harness import write_results
 from PIL import Image
-from rlo_core.runs import read_run
+from rlo_core.runs.record import read_run
 
 LOSSES = {"ce": "ce", "rlo": "rlo:k=3,m=3"}
 

@@ -17,15 +17,15 @@ trap 'rm -f "$log"' EXIT
 
 tests_of() {
   case "$1" in
-    rlo-core) echo tests/core tests/launch tests/linear tests/linear_model ;;
+    rlo-core) echo tests/core ;;
     rlo-timm) echo tests/timm ;;
     rlo-hf\[trl*) echo tests/hf/test_trl.py tests/hf/test_hosts.py ;;
     # Reading GGUF asks for a newer transformers than the rest does.
     rlo-hf\[gguf]) echo tests/hf/test_finetune.py ;;
     rlo-hf) echo tests/hf ;;
     # The newer torch that compressed-tensors asks for is not the oldest: a run of its own.
-    rlo-gptq\[compressed-tensors]) echo tests/gptq_formats tests/gptq/test_tune.py ;;
-    rlo-gptq) echo tests/gptq tests/gptq_formats tests/gptq_rounding ;;
+    rlo-gptq\[compressed-tensors]) echo tests/gptq/formats tests/gptq/test_tune.py ;;
+    rlo-gptq) echo tests/gptq ;;
     rlo-stylegan) echo tests/stylegan ;;
     *\[*) tests_of "${1%%\[*}" ;;
     *) echo "test_oldest.sh: package must be one of packages/*, got $1" >&2; return 2 ;;

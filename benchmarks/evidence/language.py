@@ -17,8 +17,8 @@ import torch
 from lm_training import Parts, divide, load_model, measure, new_model, tokens_of, train
 from rlo_core.errors import DataError
 from rlo_core.files import atomic_path
-from rlo_core.runs import Run
-from rlo_core.text import load_text
+from rlo_core.lm.text import load_text
+from rlo_core.runs.record import Run
 from runner import RESULTS, ROOT, Results, load_config
 from safetensors.torch import save_file
 from transformers import AutoTokenizer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rlo_core.perplexity import perplexity
-from rlo_core.text import TextData
+from rlo_core.lm.perplexity import perplexity
+from rlo_core.lm.text import TextData
 from rlo_hf import set_loss
 from torch import Tensor
 from transformers import (

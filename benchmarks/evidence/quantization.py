@@ -23,7 +23,7 @@ import torch
 from language import MODELS, Job, tuned
 from lm_training import measure
 from rlo_core.files import write_text
-from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.cli.quantize import run_quantization
 from rlo_gptq.options import Options
 from rlo_gptq.settings import LayerSettings
 from runner import RESULTS, Results, load_config

@@ -20,7 +20,7 @@ import numpy as np
 from rlo_core.linear_model import RootedLogisticRegression
 from rlo_core.linear_model.objective import Objective
 from rlo_core.linear_model.root import Root
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 from runner import RESULTS, Results, data_folder, load_config
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.exceptions import ConvergenceWarning

@@ -21,7 +21,7 @@ import click
 import yaml
 from rlo_core.errors import DataError, RunError
 from rlo_core.files import write_text
-from rlo_core.runs import machine, versions
+from rlo_core.runs.record import machine, versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rlo_core import create_loss
 from rlo_core.errors import DataError
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 from runner import RESULTS, ROOT, Results, data_folder, load_config
 from safetensors.torch import load_file
 from torch import Tensor, nn

@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from rlo_core.cli import FriendlyGroup, main
+from rlo_core.cli.groups import FriendlyGroup
+from rlo_core.cli.main import main
 from rlo_core.errors import RLOError
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 
 
 def call(*arguments: str) -> tuple[int, str, str]:
@@ -27,7 +28,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
 )
 def test_help_imports_no_torch_and_no_host(arguments: list[str]) -> None:
     program = (
-        "import sys\nfrom rlo_core.cli import main\n"
+        "import sys\nfrom rlo_core.cli.main import main\n"
         f"sys.argv = ['rlo', *{arguments!r}]\n"
         "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code\n"
         "heavy = {'torch', 'timm', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rlo_core.demo import demo_parts, run_demo
-from rlo_core.digits import demo as digits
-from rlo_core.digits import load_digits
+from rlo_core.demo.digits import demo as digits
+from rlo_core.demo.digits import load_digits
+from rlo_core.demo.parts import demo_parts, run_demo
 from rlo_core.errors import PluginError, SpecError
-from rlo_core.runs import read_metrics, read_run
+from rlo_core.runs.record import read_metrics, read_run
 
 PART = """
 from rlo_core.errors import RLOError
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 
 def part(run_dir, *, console):
     run = Run.create(run_dir, kind="demo small", loss="ce", seed=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rlo_core.functional import apply_link
+from rlo_core._cross_entropy import apply_link
 from rlo_core.links import (
     CE,
     CONVEX_LINEAR_FROM,

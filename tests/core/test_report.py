@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rlo_core.curves import read_panels
 from rlo_core.errors import RunError
-from rlo_core.report import write_pictures, write_report
-from rlo_core.runs import Run
+from rlo_core.runs.curves import read_panels
+from rlo_core.runs.record import Run
+from rlo_core.runs.report import write_pictures, write_report
 
 
 def make_run(folder: Path, loss: str, seed: int, offset: float = 0.0) -> Path:
@@ -119,7 +119,7 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_page_opens_in_a_browser_with_its_table_and_pictures(tmp_path: Path) -> None:
-    from rlo_core.demo import run_demo
+    from rlo_core.demo.parts import run_demo
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)

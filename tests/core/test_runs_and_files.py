@@ -11,7 +11,7 @@ import pytest
 import torch
 from rlo_core.errors import RunError
 from rlo_core.files import atomic_path, write_json, write_text
-from rlo_core.runs import Run, machine, read_metrics, read_run, versions
+from rlo_core.runs.record import Run, machine, read_metrics, read_run, versions
 
 
 def test_run_json_has_what_was_decided_and_metrics_what_was_measured(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from PIL import Image
-from rlo_core.report import write_report
+from rlo_core.runs.report import write_report
 
 
 def run(command, config, folder, *arguments):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from rlo_gptq.checkpoint import write_checkpoint
 from rlo_gptq.demo import byte_tokenizer
 from rlo_gptq.options import Options
-from rlo_gptq.pipeline import Result, quantize_model
-from rlo_gptq.processes import Processes
+from rlo_gptq.pipeline.blocks import Result, quantize_model
+from rlo_gptq.pipeline.finish import write_checkpoint
+from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.settings import LayerSettings
 
 SMALL = {

@@ -10,11 +10,11 @@ import rlo_gptq
 import torch
 import transformers
 from click.testing import CliRunner
-from rlo_gptq.cli import main
-from rlo_gptq.cli_merge import merge_adapter
-from rlo_gptq.loftq import AdapterError
-from rlo_gptq.merge import adapter_base, load_adapted, quantize_options, write_merged
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.adapters.loftq import AdapterError
+from rlo_gptq.adapters.merge import adapter_base, load_adapted, quantize_options, write_merged
+from rlo_gptq.cli.main import main
+from rlo_gptq.cli.merge import merge_adapter
+from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings, TuneSettings
 
 peft = pytest.importorskip("peft")

@@ -13,13 +13,13 @@ import pytest
 import rlo_gptq
 import torch
 import transformers
-from rlo_gptq.card import model_card
-from rlo_gptq.checkpoint import write_weights
-from rlo_gptq.hf_quantizer import RLOGPTQConfig, module_table
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.checkpoint.card import model_card
+from rlo_gptq.checkpoint.hf_quantizer import RLOGPTQConfig, module_table
+from rlo_gptq.checkpoint.validation import CheckpointError
+from rlo_gptq.models.shards import ShardWriter
+from rlo_gptq.packed.quant_linear import QuantLinear
+from rlo_gptq.pipeline.finish import write_weights
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.shards import ShardWriter
-from rlo_gptq.validation import CheckpointError
 from safetensors.torch import load_file, save_file
 
 IDS = torch.arange(2, 34)[None]
@@ -144,7 +144,7 @@ def test_the_packed_part_is_as_small_as_its_bits(model_folder, text_file, quanti
 
 
 def test_a_large_model_is_sharded_by_block_with_an_index(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlo_gptq.checkpoint.SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr("rlo_gptq.pipeline.finish.SINGLE_FILE_BYTES", 0)
     tensors = load_file(quantized / "model.safetensors")
     parts = []
     for part in ("rest", "0", "1"):

@@ -11,9 +11,9 @@ import rlo_gptq
 import torch
 import transformers
 from click.testing import CliRunner
-from rlo_core.runs import read_metrics, read_run
-from rlo_gptq.cli import main
-from rlo_gptq.progress import Bar
+from rlo_core.runs.record import read_metrics, read_run
+from rlo_gptq.cli.main import main
+from rlo_gptq.pipeline.progress import Bar
 
 
 def run(*arguments: object, code: int = 0):
@@ -33,7 +33,7 @@ def made(model_folder, text_file, tmp_path_factory):
 
 def test_help_imports_no_torch():
     code = (
-        "import sys\nfrom rlo_gptq.cli import main\n"
+        "import sys\nfrom rlo_gptq.cli.main import main\n"
         "for command in ('quantize', 'eval', 'inspect', 'compare'):\n"
         "    main([command, '--help'], standalone_mode=False)\n"
         "print([m for m in sys.modules if m in ('torch', 'transformers')], file=sys.stderr)"

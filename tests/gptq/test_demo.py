@@ -6,7 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
-from rlo_core.runs import read_run
+from rlo_core.runs.record import read_run
 from rlo_gptq.demo import run
 
 

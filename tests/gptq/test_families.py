@@ -6,8 +6,8 @@ import pytest
 import rlo_gptq
 import torch
 import transformers
-from rlo_gptq.models import UnsupportedModelError, find_layout, split_all_experts
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.models.layout import UnsupportedModelError, find_layout, split_all_experts
+from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.settings import LayerSettings
 
 LAYERS = {

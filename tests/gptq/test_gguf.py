@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rlo_gptq.models.source import find_model
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import find_model
 from torch import Tensor
 
 gguf = pytest.importorskip("gguf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rlo_gptq.hessian import STRIP, CalibrationError, HessianSum
+from rlo_gptq.calibration.hessian_sum import STRIP, CalibrationError, HessianSum
 
 
 def relative_error(sums: torch.Tensor, exact: torch.Tensor) -> float:

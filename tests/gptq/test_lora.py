@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import rlo_gptq
 import torch
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.packed.quant_linear import QuantLinear
 
 peft = pytest.importorskip("peft")
 

@@ -38,11 +38,11 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from rlo_gptq.cli_quantize import run_quantization
+from rlo_gptq.cli.quantize import run_quantization
 from rlo_gptq.options import Options
-from rlo_gptq.plan import discover
+from rlo_gptq.pipeline.plan import discover
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import ModelSource
+from rlo_gptq.models.source import ModelSource
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlo_gptq.lookup import unpack_values
-from rlo_gptq.packing import pack_codes, packed_words, unpack_codes
+from rlo_gptq.packed.packing import pack_codes, packed_words, unpack_codes
+from rlo_gptq.packed.unpack_table import unpack_values
 
 
 def reference_words(row: list[int], bits: int) -> list[int]:

@@ -14,14 +14,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from rlo_core.errors import RLOError
-from rlo_gptq.calibrate import CalibrationError, input_groups, record_inputs, sample_sequences
-from rlo_gptq.layer import proxy_loss
+from rlo_gptq.calibration.block_inputs import record_inputs
+from rlo_gptq.calibration.hessian_sum import CalibrationError
+from rlo_gptq.calibration.hessians import input_groups
+from rlo_gptq.calibration.passes import stages
+from rlo_gptq.calibration.sequences import sample_sequences
+from rlo_gptq.models.source import ModelSource, SourceError
 from rlo_gptq.options import layer_seed
-from rlo_gptq.processes import Processes
+from rlo_gptq.pipeline.processes import Processes
+from rlo_gptq.pipeline.work_folder import PARTS, ResumeError
+from rlo_gptq.rounding.layer import proxy_loss
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import ModelSource, SourceError
-from rlo_gptq.stages import stages
-from rlo_gptq.work import PARTS, ResumeError
 from safetensors.torch import load_file, save_file
 
 FAMILY = "llama-gqa-tied"

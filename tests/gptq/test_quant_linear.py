@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rlo_gptq import quant_linear
-from rlo_gptq.layer import quantize_layer
-from rlo_gptq.quant_linear import QuantLinear
+from rlo_gptq.packed import tiles
+from rlo_gptq.packed.quant_linear import QuantLinear
+from rlo_gptq.rounding.layer import quantize_layer
 from rlo_gptq.settings import LayerSettings
 
 CASES = [
@@ -34,7 +34,7 @@ def test_a_packed_layer_has_the_dequantised_weight_of_the_layer_it_was_made_of(s
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("tile", [1 << 20, 100])
 def test_forward_and_gradient_equal_those_of_the_dense_layer(settings, tile, monkeypatch):
-    monkeypatch.setattr(quant_linear, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
     _, module = layer_of(settings)
     dense = module.to_linear()
     x = torch.randn(2, 5, 44, requires_grad=True)

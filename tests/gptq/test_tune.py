@@ -13,11 +13,12 @@ import rlo_gptq
 import torch
 import transformers
 from click.testing import CliRunner
-from rlo_gptq.calibrate import CalibrationError, sample_sequences
-from rlo_gptq.cli import main
+from rlo_gptq.calibration.hessian_sum import CalibrationError
+from rlo_gptq.calibration.sequences import sample_sequences
+from rlo_gptq.cli.main import main
+from rlo_gptq.pipeline.tune import norm_names
+from rlo_gptq.pipeline.work_folder import ResumeError
 from rlo_gptq.settings import LayerSettings, TuneSettings
-from rlo_gptq.tune import norm_names
-from rlo_gptq.work import ResumeError
 from safetensors.torch import load_file
 
 FAMILY = "llama-gqa-tied"
@@ -174,8 +175,8 @@ def test_every_grid_can_be_tuned_and_loads(layer, model_folder, text_file, quant
 
 def test_a_tuned_model_exports_to_what_others_read(model_folder, text_file, quantize_to, tmp_path):
     pytest.importorskip("compressed_tensors")
-    from rlo_gptq.export import export_checkpoint
-    from rlo_gptq.verify import verify_export
+    from rlo_gptq.formats.export import export_checkpoint
+    from rlo_gptq.formats.verify import verify_export
 
     layer = LayerSettings(bits=2, method="gptq", integer_zero=True)
     result = quantize_to(
@@ -327,7 +328,7 @@ def test_the_command_reports_errors_before_and_after(model_folder, text_file, tm
 
 @pytest.mark.slow
 def test_tuning_lowers_the_perplexity_of_a_trained_model(shared_data, quantize_to, tmp_path):
-    from rlo_gptq.evaluate import evaluate_perplexity
+    from rlo_gptq.evaluation.perplexity import evaluate_perplexity
 
     stories = shared_data / "tinystories-sample" / "stories.txt"
     found = []

@@ -7,8 +7,8 @@ import math
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from rlo_core.cli import main
-from rlo_core.runs import read_metrics, read_run
+from rlo_core.cli.main import main
+from rlo_core.runs.record import read_metrics, read_run
 from rlo_hf.demo import demo, docstrings, reference
 
 

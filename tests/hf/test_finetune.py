@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from rlo_core.runs import read_metrics, read_run
-from rlo_core.text import TextData
-from rlo_hf.blocks import blocks_of, token_ids
+from rlo_core.lm.text import TextData
+from rlo_core.runs.record import read_metrics, read_run
 from rlo_hf.cli import main
-from rlo_hf.models import ModelError, load_model
+from rlo_hf.finetuning.blocks import blocks_of, token_ids
+from rlo_hf.finetuning.load import ModelError, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -91,7 +91,7 @@ def test_the_authors_defaults_are_the_defaults(folder):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
-    import rlo_hf.finetune_trainer as module
+    import rlo_hf.finetuning.trainer as module
 
     words = (folder / "llama", folder / "text.txt", "--block", 32, "--batch-size", 8,
              "--epochs", 2, "--lr", 1e-3)  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_gguf_model_is_finetuned_as_a_float_model(folder, tmp_path):
 
 def test_adapters_are_trained_on_a_quantized_checkpoint(folder, tmp_path):
     pytest.importorskip("rlo_gptq")
-    from rlo_gptq.cli import main as gptq
+    from rlo_gptq.cli.main import main as gptq
 
     words = ["quantize", folder / "llama", folder / "text.txt", "--wbits", 4, "--quant", "gptq"]
     words += ["--nsamples", 4, "--seqlen", 32, "--save", tmp_path / "packed"]

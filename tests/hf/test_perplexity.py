@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from rlo_core.perplexity import perplexity, token_ce
-from rlo_core.text import load_text
+from rlo_core.lm.perplexity import perplexity, token_ce
+from rlo_core.lm.text import load_text
 from torch import nn
 
 

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from rlo_core.errors import DataError
-from rlo_core.text import hold_out, load_first_split, load_text
+from rlo_core.lm.text import hold_out, load_first_split, load_text
 
 
 def test_a_text_file_is_one_running_text(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from rlo_core.errors import RunError
-from rlo_core.runs import read_metrics, read_run
+from rlo_core.runs.record import read_metrics, read_run
 from rlo_stylegan.cli import main
 from rlo_stylegan.record import write_record
 from rlo_stylegan.report import report_runs

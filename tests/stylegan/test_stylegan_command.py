@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from rlo_core.cli import main as rlo
+from rlo_core.cli.main import main as rlo
 from rlo_stylegan.cli import main
 
 

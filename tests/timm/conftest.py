@@ -17,7 +17,7 @@ import timm
 import torch
 from packaging.version import Version
 from rlo_core.launch import run_script
-from rlo_timm.script import transform
+from rlo_timm.launcher.train_script import transform
 
 HEADER = '''
 """A training script."""

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from rlo_core.launch import ScriptError, load_script
 from rlo_timm.cli import main
-from rlo_timm.script import transform
+from rlo_timm.launcher.train_script import transform
 
 WriteScript = Callable[[str], Path]
 

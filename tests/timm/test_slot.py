@@ -301,7 +301,7 @@ def test_a_schedule_needs_loops_that_are_recognised(
     train: Train, write_script: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlo_core.launch import run_script
-    from rlo_timm.script import transform
+    from rlo_timm.launcher.train_script import transform
 
     path = write_script("v1.0.28")
     path.write_text(path.read_text().replace("for batch_idx, (input", "for index, (input"))

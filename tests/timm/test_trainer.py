@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from rlo_core.runs import read_metrics, read_run
+from rlo_core.runs.record import read_metrics, read_run
 from rlo_timm.cli import main
 from safetensors.torch import load_file
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 from rlo_core.launch import run_script
-from rlo_timm import slot
-from rlo_timm.script import transform
+from rlo_timm.launcher import slot
+from rlo_timm.launcher.train_script import transform
 from torch import Tensor
 
 K, M = 8.0, 10.0

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from rlo_core._check import check_reduction, check_smoothing
+from rlo_core._arguments import check_reduction, check_smoothing
 from rlo_core.functional import (
     IGNORE_INDEX,
     Reduction,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlo_gptq.registration import register_when_needed
+from rlo_gptq.checkpoint.registration import register_when_needed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +30,8 @@ def load(
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a quantized model; see `rlo_gptq.checkpoint.load`."""
-    from rlo_gptq.checkpoint import load as load_checkpoint
+    """Load a quantized model; see `rlo_gptq.checkpoint.load.load`."""
+    from rlo_gptq.checkpoint.load import load as load_checkpoint
 
     return load_checkpoint(
         folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
@@ -39,7 +39,7 @@ def load(
 
 
 def loftq_init(model: nn.Module, original: str | Path) -> dict[str, float]:
-    """Begin a peft model's adapters at the quantization error; see `rlo_gptq.loftq.loftq_init`."""
-    from rlo_gptq.loftq import loftq_init as init
+    """Begin a peft model's adapters at the quantization error; see `rlo_gptq.adapters.loftq`."""
+    from rlo_gptq.adapters.loftq import loftq_init as init
 
     return init(model, original)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlo_gptq.cli import main
+from rlo_gptq.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="rlo-gptq")

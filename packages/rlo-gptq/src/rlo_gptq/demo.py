@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from rlo_core.perplexity import perplexity
+from rlo_core.lm.perplexity import perplexity
 from rlo_core.registry import create_loss
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 from torch import Tensor
 
-from rlo_gptq.checkpoint import load, weight_files, write_checkpoint
+from rlo_gptq.checkpoint.load import load, weight_files
+from rlo_gptq.models.source import quiet_loading
 from rlo_gptq.options import Options
-from rlo_gptq.pipeline import quantize_model
-from rlo_gptq.processes import Processes
+from rlo_gptq.pipeline.blocks import quantize_model
+from rlo_gptq.pipeline.finish import write_checkpoint
+from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.settings import LayerSettings
-from rlo_gptq.source import quiet_loading
 
 if TYPE_CHECKING:
     from rich.console import Console

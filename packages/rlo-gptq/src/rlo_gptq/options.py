@@ -18,8 +18,8 @@ class Options:
 
     Args:
         model: A folder, a GGUF file or a hub name.
-        dataset: What `rlo_core.text.load_text` takes; its training split, or its validation split
-            where there is no training split.
+        dataset: What `rlo_core.lm.text.load_text` takes; its training split, or its validation
+            split where there is no training split.
         layer: How each layer is rounded.
         nsamples: Calibration sequences.
         seqlen: Tokens in each; None is the model's length, at most 2048.

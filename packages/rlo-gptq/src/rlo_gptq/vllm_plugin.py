@@ -7,4 +7,4 @@ import importlib
 
 def register() -> None:
     """Register `rlo-gptq` with vLLM's quantization methods (group `vllm.general_plugins`)."""
-    importlib.import_module("rlo_gptq.vllm_linear")
+    importlib.import_module("rlo_gptq.checkpoint.vllm_linear")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rlo_core.cli import FriendlyGroup
+from rlo_core.cli.groups import FriendlyGroup
 
 from rlo_hf import __version__
 
@@ -177,7 +177,7 @@ def finetune(
     name = name or Path(settings["model"]).name
     folder = out or f"runs/finetune-{name}-{re.sub(r'[^A-Za-z0-9.=-]+', '_', spec)}"
 
-    from rlo_hf.finetune_options import FinetuneOptions
+    from rlo_hf.finetuning.options import FinetuneOptions
 
     options = FinetuneOptions(loss=spec, out=folder, **settings)
     target = None if no_save else save or Path(folder) / "model"
@@ -185,7 +185,7 @@ def finetune(
         click.echo(json.dumps({**asdict(options), "save": target}, indent=2, default=str))
         return
     _quiet_unless_terminal()
-    from rlo_hf.finetune import finetune as run_finetune
+    from rlo_hf.finetuning.run import finetune as run_finetune
 
     summary = run_finetune(
         options,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rlo_core.errors import RLOError
-from rlo_core.perplexity import perplexity
-from rlo_core.runs import Run
+from rlo_core.lm.perplexity import perplexity
+from rlo_core.runs.record import Run
 from torch import Tensor, nn
 
 if TYPE_CHECKING:

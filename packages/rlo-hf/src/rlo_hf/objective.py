@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rlo_core._cross_entropy import apply_link
 from rlo_core.errors import SpecError
-from rlo_core.functional import apply_link, link_binary_cross_entropy, link_cross_entropy
+from rlo_core.functional import link_binary_cross_entropy, link_cross_entropy
 from rlo_core.links import Link
 from rlo_core.registry import LossSpec, create_loss, link_of
 from torch import Tensor, nn

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rlo_core._cross_entropy import apply_link
 from rlo_core.errors import RLOError
-from rlo_core.functional import apply_link
 from rlo_core.links import Link
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as HostTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rlo_core.cli import FriendlyGroup, format_table
+from rlo_core.cli.groups import FriendlyGroup, format_table
 
 if TYPE_CHECKING:
     from rlo_stylegan.layers import Plan

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from rlo_core._cross_entropy import apply_link
 from rlo_core.errors import SpecError
-from rlo_core.functional import apply_link
 from rlo_core.links import CE, Link
 from rlo_core.modules import LinkLoss
 from rlo_core.registry import LossSpec, create_loss, link_of

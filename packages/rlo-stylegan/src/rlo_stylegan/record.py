@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RunError
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 
 from rlo_stylegan.checkout import Checkout
 

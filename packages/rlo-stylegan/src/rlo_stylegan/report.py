@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RunError
-from rlo_core.report import write_pictures, write_report
+from rlo_core.runs.report import write_pictures, write_report
 
 from rlo_stylegan.record import write_record
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from rlo_core.cli import FriendlyGroup
+from rlo_core.cli.groups import FriendlyGroup
 from rlo_core.launch import ScriptError
 
 from rlo_timm.train_command import prepare, train
@@ -58,7 +58,7 @@ def run(script: str, args: tuple[str, ...]) -> None:
     """Run timm's train.py with a loss slot."""
     from rlo_core.launch import run_script
 
-    from rlo_timm.script import transform
+    from rlo_timm.launcher.train_script import transform
 
     if not Path(script).is_file():
         raise ScriptError(

@@ -13,7 +13,7 @@ import sys
 
 from rlo_core.launch import ScriptError, run_script
 
-from rlo_timm.script import SLOT, transform
+from rlo_timm.launcher.train_script import SLOT, transform
 
 
 def _rerun() -> None:

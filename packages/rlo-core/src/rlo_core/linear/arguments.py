@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlo_core._check import check_labels, check_reduction, check_smoothing
+from rlo_core._arguments import check_labels, check_reduction, check_smoothing
 from rlo_core.links import Link
 
 Impl = Literal["auto", "chunked", "torch", "cce"]

@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rlo_core.functional import apply_link
-from rlo_core.linear.codes import is_built_in
+from rlo_core._cross_entropy import apply_link
+from rlo_core.linear.link_codes import is_built_in
 from rlo_core.links import Link, RootedConvex
 
 HOW_TO_INSTALL = "pip install 'rlo-core[cce]'"

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rlo_core.linear.rows import Collective, rows_loss, rows_loss_spread, working_dtype
+from rlo_core.linear.tile import Collective, rows_loss, rows_loss_spread, working_dtype
 from rlo_core.links import Link
 
 VOCABULARY_BLOCK = 8192

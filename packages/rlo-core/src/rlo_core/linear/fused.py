@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlo_core.functional import IGNORE_INDEX, Reduction, apply_link
+from rlo_core._cross_entropy import apply_link
+from rlo_core.functional import IGNORE_INDEX, Reduction
 from rlo_core.linear.arguments import Impl, check_linear
 from rlo_core.linear.cce import cce_rows, check_cce
-from rlo_core.linear.codes import encode, is_built_in
+from rlo_core.linear.link_codes import encode, is_built_in
 from rlo_core.linear.ops import LossRows, LossSum, linear_loss_rows, linear_loss_sum
 from rlo_core.linear.parallel import Shard, local_tensors
 from rlo_core.linear.plan import Plan, compute_dtype, plan_linear_loss
-from rlo_core.linear.rows import working_dtype
+from rlo_core.linear.tile import working_dtype
 from rlo_core.linear.torch_impl import torch_rows
 from rlo_core.links import CE, Link, Rooted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rlo_core._check import check_reduction, check_smoothing
+from rlo_core._arguments import check_reduction, check_smoothing
 from rlo_core.functional import IGNORE_INDEX, Reduction
 from rlo_core.linear.arguments import Impl
 from rlo_core.linear.fused import link_linear_cross_entropy

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rlo_core.linear.chunks import Options, run_chunks
-from rlo_core.linear.codes import decode
+from rlo_core.linear.link_codes import decode
 from rlo_core.linear.parallel import ranks_of
-from rlo_core.linear.rows import working_dtype
+from rlo_core.linear.tile import working_dtype
 from rlo_core.links import Link
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"

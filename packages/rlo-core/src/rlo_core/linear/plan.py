@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_core.linear.codes import is_built_in
+from rlo_core.linear.link_codes import is_built_in
 from rlo_core.links import Link
 
 CPU_ROW_BYTES = 2048

@@ -19,7 +19,7 @@ import torch
 from rlo_core.errors import RLOError
 from torch import Tensor
 
-from rlo_gptq.packing import WORD, pack_codes, unpack_codes
+from rlo_gptq.packed.packing import WORD, pack_codes, unpack_codes
 
 GPTQ_BITS = (2, 3, 4, 8)
 CheckpointFormat = Literal["gptq", "gptq_v2"]

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import Grid, ScalarGrid
+from rlo_gptq.rounding.grids import Grid, ScalarGrid
 
 # Columns rounded between two matrix products inside a block. A rank-1 update of 16 rows costs as
 # much as one operator call, so that the loop over columns is bound by calls, not by memory.

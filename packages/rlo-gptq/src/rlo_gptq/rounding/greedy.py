@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import Grid, ScalarGrid, stored
 from rlo_gptq.rounding.feedback import STRIP, TILE, kernels_apply
+from rlo_gptq.rounding.grids import Grid, ScalarGrid, stored
 from rlo_gptq.settings import ScaleDtype
 
 # Outputs whose temporaries exist at one time, where the outputs do not depend on each other: as

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import Grid, ScalarGrid, fit_grid
-from rlo_gptq.incoherence import random_uniforms
 from rlo_gptq.rounding.admm import bounded_feedback
 from rlo_gptq.rounding.feedback import STRIP, Factor, factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
+from rlo_gptq.rounding.grids import Grid, ScalarGrid, fit_grid
+from rlo_gptq.rounding.random_streams import random_uniforms
 from rlo_gptq.rounding.trellis import fit_trellis
 from rlo_gptq.settings import LayerSettings
 

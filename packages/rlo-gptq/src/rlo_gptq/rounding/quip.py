@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import ScalarGrid, stored
-from rlo_gptq.incoherence import Transform, random_uniforms
 from rlo_gptq.rounding.admm import bounded_feedback
 from rlo_gptq.rounding.feedback import factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass
+from rlo_gptq.rounding.grids import ScalarGrid, stored
 from rlo_gptq.rounding.methods import Rounded
+from rlo_gptq.rounding.random_streams import random_uniforms
+from rlo_gptq.rounding.rotation import Transform
 from rlo_gptq.settings import LayerSettings
 
 # The authors' multiplier of the root mean square, at every bit width.

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlo_gptq.grids import column_groups, stored
-from rlo_gptq.incoherence import random_permutation
+from rlo_gptq.rounding.grids import column_groups, stored
+from rlo_gptq.rounding.random_streams import random_permutation
 from rlo_gptq.settings import LayerSettings
 
 SYMBOLS = 5  # codes in a state

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlo_gptq.grids import ScalarGrid
+from rlo_gptq.rounding.grids import ScalarGrid
 
 ROWS = 32
 """Rows of W in a program: 128 columns of 32 rows are 16 KiB of float32."""

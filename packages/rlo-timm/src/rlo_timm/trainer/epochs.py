@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy
 import torch
 from lightning.pytorch.callbacks import Callback
-from rlo_core.runs import Run
+from rlo_core.runs.record import Run
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 

@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rlo_core.errors import RunError
 from rlo_core.files import atomic_path, write_text
-from rlo_core.report import write_report
-from rlo_core.runs import RUN_FILE, Run, read_metrics, read_run
+from rlo_core.runs.record import RUN_FILE, Run, read_metrics, read_run
+from rlo_core.runs.report import write_report
 
 from rlo_timm.trainer.data import load_data, own_size
 from rlo_timm.trainer.epochs import Loaders, RunLog

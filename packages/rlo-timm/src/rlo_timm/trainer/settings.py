@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from rlo_core.errors import RLOError, SpecError
 from rlo_core.registry import LossSpec, parse_spec
 
-from rlo_timm.schedule import with_schedule
+from rlo_timm.launcher.schedule import with_schedule
 
 AUTHORS_NAMES = {"root": "rlo"}
 """Names of losses in the authors' train.py, and ours."""

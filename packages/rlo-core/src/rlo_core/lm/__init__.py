@@ -1,0 +1,1 @@
+"""Language modelling text: files and data sets, documents, tokens, windows, perplexity."""

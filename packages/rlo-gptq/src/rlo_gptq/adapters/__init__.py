@@ -1,0 +1,1 @@
+"""LoRA adapters on a quantized model: begun at the quantization error, merged back."""

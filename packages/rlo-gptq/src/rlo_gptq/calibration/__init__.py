@@ -1,0 +1,1 @@
+"""From calibration text to the Hessian of each layer."""

@@ -1,0 +1,1 @@
+"""The `rlo-gptq` command."""

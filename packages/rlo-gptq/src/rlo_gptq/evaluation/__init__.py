@@ -1,0 +1,1 @@
+"""Perplexity, tasks, sizes and errors of models, quantized or not."""

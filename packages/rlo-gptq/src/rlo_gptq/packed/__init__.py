@@ -1,0 +1,1 @@
+"""From codes to a layer that stays packed and multiplies."""

@@ -1,0 +1,1 @@
+"""Quantize a whole model, one block at a time, resumable."""

@@ -1,0 +1,285 @@
+"""From a model and a text to a packed checkpoint: one block at a time, each finished block on
+disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rlo_core.lm.text import load_first_split
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from rlo_gptq.calibration.block_inputs import (
+    Activations,
+    BlockCall,
+    check_same_calls,
+    record_inputs,
+    run_sequences,
+)
+from rlo_gptq.calibration.hessian_sum import CalibrationError
+from rlo_gptq.calibration.sequences import sample_sequences, token_ids
+from rlo_gptq.calibration.token_weights import sequence_weights, tail, weighting_link
+from rlo_gptq.formats.export import check_exportable
+from rlo_gptq.models.fold_checkpoint import fold_checkpoint
+from rlo_gptq.models.layout import Layout, split_all_experts
+from rlo_gptq.models.source import ModelSource, find_model, release, require_filled
+from rlo_gptq.options import PLAIN, Options
+from rlo_gptq.pipeline.block import BlockQuantizer
+from rlo_gptq.pipeline.plan import Plan, discover
+from rlo_gptq.pipeline.processes import Processes
+from rlo_gptq.pipeline.progress import Progress
+from rlo_gptq.pipeline.work_folder import WorkFolder, discard_unless_begun
+
+
+@dataclass
+class Result:
+    """What a quantization did.
+
+    Args:
+        records: One for each layer: name, shape, proxy, seconds, tokens.
+        tuned: One for each block that was finetuned: name, error before and after, epoch, seconds.
+        resumed: Blocks that were on disk already.
+        layout: Of the model.
+        seqlen: Tokens of a calibration sequence.
+        data: What identifies the calibration text.
+    """
+
+    records: list[dict[str, Any]]
+    tuned: list[dict[str, Any]]
+    resumed: int
+    layout: Layout
+    seqlen: int
+    data: dict[str, Any]
+
+
+def load_calibration(
+    options: Options, source: ModelSource, seqlen: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the calibration sequences, (nsamples, seqlen), and what identifies them."""
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    wanted = [options.split] if options.split else ["train", "validation"]
+    data, split = load_first_split(options.dataset, wanted)
+    ids = token_ids(tokenizer, data)
+    sequences = sample_sequences(ids, count=options.nsamples, length=seqlen, seed=options.seed)
+    described = {"name": data.name, "split": split, "fingerprint": data.fingerprint}
+    return sequences, described
+
+
+def quantize_model(
+    options: Options,
+    folder: Path,
+    processes: Processes,
+    *,
+    progress: Progress,
+    on_start: Callable[[Plan, WorkFolder, dict[str, Any]], None] | None = None,
+    finish: Callable[[WorkFolder, ModelSource, Layout], None],
+) -> Result:
+    """Quantize a model into `folder`, or go on with what was begun there.
+
+    Args:
+        options: What to do.
+        folder: The checkpoint's folder.
+        processes: This process among its peers.
+        progress: Is told of every layer.
+        on_start: Called by the first process, with the plan, the folder and the data's description.
+        finish: Called by the first process when all blocks are on disk, to make the checkpoint.
+
+    Raises:
+        RLOError: the model, the data or the folder is refused.
+    """
+    if options.hessian != PLAIN:
+        weighting_link(options.hessian)  # a wrong spec is refused before anything is written
+    if options.tune is not None and options.nsamples < 2:
+        raise CalibrationError(
+            f"tuning needs at least 2 calibration sequences, one to be held out, got "
+            f"{options.nsamples}; give a larger --nsamples"
+        )
+    model = find_model(options.model)
+    folded = folder.with_name(f".{folder.name}.folded")
+    if options.rotate is not None:
+        if processes.first:
+            fold_checkpoint(model, folded, seed=options.seed)
+        processes.wait()
+        model = folded
+    source = ModelSource(
+        model,
+        dtype=getattr(torch, options.dtype),
+        device=processes.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        plan = discover(source, options)
+        for name in options.formats:
+            check_exportable(name, options.layer, plan.layout, plan.shapes)
+        sequences, data = load_calibration(options, source, plan.seqlen)
+        tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
+        decisions = {
+            **options.decisions(),
+            "seqlen": plan.seqlen,
+            "weights": source.fingerprint(),
+            "tokens": tokens,
+            "data": data,
+        }
+        work = WorkFolder(folder, decisions)
+        if processes.first:
+            work.open()
+            if on_start is not None:
+                on_start(plan, work, data)
+        run = _Run(options, source, plan.layout, work, processes, progress)
+        done = processes.broadcast({"done": work.done if processes.first else False}, 0)["done"]
+        if not done:
+            with torch.no_grad():
+                run.all_blocks(sequences)
+            if processes.first:
+                finish(work, source, plan.layout)
+        processes.wait()
+        return Result(run.records, run.tuned, run.resumed, plan.layout, plan.seqlen, data)
+    finally:
+        source.close()
+        if processes.first:
+            discard_unless_begun(folded, folder)
+
+
+@dataclass
+class _Run:
+    options: Options
+    source: ModelSource
+    layout: Layout
+    work: WorkFolder
+    processes: Processes
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.tuned: list[dict[str, Any]] = []
+        self.resumed = 0
+        self.device = self.processes.device
+        self.token_weights: Tensor | None = None
+
+    def all_blocks(self, sequences: Tensor) -> None:
+        self._save_rest()
+        mine = list(self.processes.share(len(sequences)))
+        if self.options.hessian != PLAIN:
+            self.token_weights = self._weigh_tokens(sequences, mine)
+        activations, calls = self._first_inputs(sequences, mine)
+        try:
+            self._blocks_in_turn(activations, calls, mine)
+        finally:
+            activations.close()
+
+    def _blocks_in_turn(
+        self, activations: Activations, calls: list[BlockCall], mine: Sequence[int]
+    ) -> None:
+        blocks = BlockQuantizer(
+            self.options,
+            self.source,
+            self.layout,
+            self.work,
+            self.processes,
+            note=self._done,
+            token_weights=self.token_weights,
+        )
+        for index in range(self.layout.count):
+            name = self.layout.block_name(index)
+            part = f"block-{index:05d}"
+            there = self.processes.broadcast({"there": self.work.has(part)}, 0)["there"]
+            self.progress.block(index, self.layout.count, "replay" if there else "quantize")
+            if there:
+                self.resumed += 1
+                for record in self.work.records(part) if self.processes.first else []:
+                    self._done(record)
+                if index + 1 == self.layout.count:
+                    continue
+            block = self.source.load_module(name)
+            if self.layout.experts:
+                split_all_experts(block)
+            if there:
+                blocks.restore(block, index, part)
+            else:
+                blocks.quantize(block, index, part, calls[index], activations, mine)
+            if index + 1 < self.layout.count:
+                run_sequences(block, calls[index], activations, activations, len(mine))
+            release(block)
+
+    def _save_rest(self) -> None:
+        """Load what is outside of the blocks, and put it on disk for the checkpoint."""
+        blocks = f"{self.layout.blocks}."
+        tied = set(self.source.model.all_tied_weights_keys)
+        names = self.source.targets(lambda name: not name.startswith(blocks) and name not in tied)
+        if self.processes.first and not self.work.has("rest"):
+            self.source.load(lambda name: name in names)
+            state = self.source.model.state_dict()
+            self.work.save("rest", {n: self.source.as_stored(n, state[n]) for n in names}, [])
+            release(self.source.model)
+        self.processes.wait()
+
+    def _first_inputs(
+        self, sequences: Tensor, mine: Sequence[int]
+    ) -> tuple[Activations, list[BlockCall]]:
+        """Return the first block's inputs for this process's sequences, and how blocks are
+        called.
+        """
+        model, blocks = self.source.model, self.layout.blocks
+        modules = list(model.get_submodule(blocks).children())
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        unused = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+        self.source.load(lambda name: not name.startswith(f"{blocks}.") and name not in unused)
+        require_filled(model, except_for=(f"{blocks}.", *unused, *model.all_tied_weights_keys))
+        hidden, calls = record_inputs(model, modules, sequences[0], self.device)
+        activations = Activations(
+            max(1, len(mine)),
+            hidden.shape[1],
+            hidden.shape[2],
+            hidden.dtype,
+            self.work.folder if self.options.offload else None,
+        )
+        for row, index in enumerate(mine):
+            hidden, others = record_inputs(model, modules, sequences[index], self.device)
+            if row < 2:  # one other sequence is enough to see a difference
+                check_same_calls(calls, others, type(model).__name__)
+            activations.set(row, hidden)
+        release(model)
+        return activations, calls
+
+    def _weigh_tokens(self, sequences: Tensor, mine: Sequence[int]) -> Tensor:
+        """Run the original model over this process's sequences; return their tokens' weights."""
+        link = weighting_link(self.options.hessian)
+        activations, calls = self._first_inputs(sequences, mine)
+        model, path = self.source.model, self.layout.blocks
+        for index in range(self.layout.count):
+            self.progress.block(index, self.layout.count, "weigh tokens")
+            block = self.source.load_module(self.layout.block_name(index))
+            run_sequences(block, calls[index], activations, activations, len(mine))
+            release(block)
+        tied = model.all_tied_weights_keys
+        self.source.load(lambda name: not name.startswith(f"{path}."))
+        model.tie_weights()
+        require_filled(model, except_for=(f"{path}.", *tied))
+        blocks = list(model.get_submodule(path).children())
+        weights = torch.empty(max(1, len(mine)), sequences.shape[1])
+        with tail(model, blocks) as logits_of:
+            for row, number in enumerate(mine):
+                weights[row] = sequence_weights(
+                    logits_of,
+                    activations.get(row, self.device),
+                    sequences[number],
+                    link,
+                    energy=self.options.hessian_energy,
+                )
+        release(model)
+        return weights
+
+    def _done(self, record: dict[str, Any]) -> None:
+        """Note the record of a layer, or of a finetuned block, and tell of it."""
+        if "layer" in record:
+            self.records.append(record)
+            self.progress.layer(record)
+        else:
+            self.tuned.append(record)
+            self.progress.tuned(record)

@@ -1,0 +1,82 @@
+"""Make the finished folder: shards and index, config.json, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlo_core.files import write_text
+
+from rlo_gptq.checkpoint.card import model_card
+from rlo_gptq.checkpoint.hf_quantizer import module_table
+from rlo_gptq.models.shards import ShardWriter
+from rlo_gptq.settings import LayerSettings
+
+if TYPE_CHECKING:
+    from rlo_gptq.models.layout import Layout
+    from rlo_gptq.models.source import ModelSource
+    from rlo_gptq.pipeline.work_folder import WorkFolder
+from rlo_gptq.checkpoint.load import quantization_config, weight_bytes
+
+SINGLE_FILE_BYTES = 256 << 20
+"""Up to this size the model is one file; above it every block is a shard, and nothing is
+gathered."""
+
+
+def write_weights(parts: list[Path], writer: ShardWriter) -> None:
+    """Take the tensors of `parts` over as one safetensors file, or as a shard for each."""
+    if sum(part.stat().st_size for part in parts) <= SINGLE_FILE_BYTES:
+        writer.join(parts)
+        return
+    for number, part in enumerate(parts, 1):
+        writer.copy(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part)
+
+
+def write_checkpoint(
+    work: WorkFolder,
+    source: ModelSource,
+    layout: Layout,
+    settings: LayerSettings,
+    *,
+    base: str,
+    dataset: str,
+) -> None:
+    """Make the checkpoint of the finished parts; the folder counts as done when this returns.
+
+    Args:
+        work: With all parts.
+        source: The original model.
+        layout: Its blocks.
+        settings: Of all layers.
+        base: The original model's name, for the card.
+        dataset: The calibration data, for the card.
+    """
+    folder = work.folder
+    parts = [work.part("rest")] + [work.part(f"block-{i:05d}") for i in range(layout.count)]
+    config = json.loads(source.config.to_json_string())
+    config.pop("_name_or_path", None)  # a path of this machine
+    config["quantization_config"] = quantization_config(
+        settings,
+        blocks=layout.blocks,
+        modules=module_table(layout.linears),
+        experts=layout.experts,
+    )
+    config["architectures"] = [type(source.model).__name__]
+    config["dtype"] = str(source.stored_dtype).removeprefix("torch.")
+    records = [r for part in parts for r in work.records(part.stem) if "layer" in r]
+    writer = ShardWriter(folder)
+    write_weights(parts, writer)
+    card = model_card(
+        base=base,
+        dataset=dataset,
+        settings=settings,
+        size=weight_bytes(folder),
+        records=records,
+        version=version("rlo-gptq"),
+        folded=work.decisions.get("rotate") == "fold",
+    )
+    write_text(folder / "README.md", card)
+    writer.finish(config, texts=source.folder)
+    work.finish()

@@ -1,0 +1,119 @@
+"""One quantization with a run's files beside the checkpoint: run.json, metrics, a report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rlo_gptq.pipeline.progress import Bar, Log
+
+if TYPE_CHECKING:
+    from rlo_gptq.options import Options
+    from rlo_gptq.pipeline.progress import Progress
+
+
+def run_quantization(
+    options: Options,
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: bool | None = None,
+    base: str | None = None,
+) -> dict[str, Any] | None:
+    """Quantize, with a run's files and a report beside the checkpoint.
+
+    Args:
+        options: What to do.
+        folder: The checkpoint's folder.
+        device: "auto", "cpu", "cuda", ...
+        progress: Show progress on stderr; by default if it is a terminal.
+        base: The original model's name for the model card, if not that in `options`.
+
+    Returns:
+        The summary; None in all processes but the first.
+    """
+    from rlo_core.runs.record import Run, read_run
+    from rlo_core.runs.report import write_report
+
+    from rlo_gptq.checkpoint.load import weight_files
+    from rlo_gptq.pipeline.blocks import quantize_model
+    from rlo_gptq.pipeline.finish import write_checkpoint
+    from rlo_gptq.pipeline.plan import Plan
+    from rlo_gptq.pipeline.processes import join_processes
+    from rlo_gptq.pipeline.work_folder import WorkFolder
+
+    begin = time.perf_counter()
+    runs: list[Run] = []
+    plans: list[Plan] = []
+    with join_processes(device) as processes:
+        shown = sys.stderr.isatty() if progress is None else progress
+        bar = Bar(runs) if processes.first and shown else Log(runs)
+
+        def start(plan: Plan, work: WorkFolder, data: dict[str, Any]) -> None:
+            plans.append(plan)
+            if work.done:
+                return
+            layer = options.layer.to_dict()
+            named = {"model": base or options.model, "dataset": options.dataset}
+            runs.append(
+                Run.create(
+                    folder,
+                    kind="gptq quantize",
+                    options={**named, **work.decisions, "layer": layer},
+                    seed=options.seed,
+                    data=data,
+                )
+            )
+
+        with bar:
+            result = quantize_model(
+                options,
+                folder,
+                processes,
+                progress=cast("Progress", bar),
+                on_start=start,
+                finish=lambda work, source, layout: write_checkpoint(
+                    work,
+                    source,
+                    layout,
+                    options.layer,
+                    base=base or options.model,
+                    dataset=options.dataset,
+                ),
+            )
+        if not processes.first:
+            return None
+        if not runs:  # it was complete already
+            return {**read_run(folder)["summary"], "already_done": True}
+        worst = max(result.records, key=lambda record: float(record["proxy"]))
+        weights = [record["rows"] * record["columns"] for record in result.records]
+        document = {
+            "folder": str(folder),
+            "layers": len(result.records),
+            "bits": options.layer.bits,
+            "bits_per_weight": plans[0].summary["bits_per_weight"],
+            "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
+            "worst_proxy": worst["proxy"],
+            "worst_layer": worst["layer"],
+            "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+            "quantized_parameters": sum(weights),
+            **_tuned(result.tuned),
+            "resumed_blocks": result.resumed,
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+        columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
+        by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
+        table = [{key: record[key] for key in columns} for record in by_error]
+        runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
+        write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
+        return document
+
+
+def _tuned(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean error of the finetuned blocks, before and after; empty without any."""
+    names = {"block_error_before": "error_before", "block_error_after": "error_after"}
+    if not records:
+        return {}
+    return {name: sum(r[key] for r in records) / len(records) for name, key in names.items()}

@@ -1,0 +1,135 @@
+"""The folder a model is quantized into, while that goes on: a plan, and one file for each finished
+block.
+
+The plan is written before the first block and says everything that decides the result. A block's
+file appears whole or not at all, so that a run killed at any moment goes on after its last whole
+block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlo_core.errors import RLOError
+from rlo_core.files import write_json
+from torch import Tensor
+
+from rlo_gptq.models.shards import save_tensors
+
+PLAN_FILE = "rlo-gptq.json"
+PARTS = ".blocks"
+
+
+class ResumeError(RLOError):
+    """A folder that holds a run with other settings, or no run at all."""
+
+
+class WorkFolder:
+    """The output folder of one quantization.
+
+    Args:
+        folder: Where the model goes.
+        decisions: Everything that decides the result, as plain JSON values.
+    """
+
+    def __init__(self, folder: Path, decisions: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.decisions: dict[str, Any] = json.loads(json.dumps(decisions))
+        text = json.dumps(self.decisions, sort_keys=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan on disk, or None."""
+        try:
+            document: dict[str, Any] = json.loads((self.folder / PLAN_FILE).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ResumeError(f"{str(self.folder / PLAN_FILE)!r} is not JSON: {error}") from error
+        return document
+
+    def open(self) -> bool:
+        """Write the plan, or check the one that is there; return whether there was one.
+
+        Raises:
+            ResumeError: the folder was begun with other settings, or holds something else.
+        """
+        plan = self.plan
+        if plan is None:
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ResumeError(
+                    f"{str(self.folder)!r} is not empty and no quantization was begun there; "
+                    "choose another --save"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("running")
+            return False
+        before = plan.get("decisions", {})
+        if before != self.decisions:
+            changed = [
+                f"{name} was {_short(before.get(name))}, now {_short(self.decisions.get(name))}"
+                for name in sorted({*before, *self.decisions})
+                if before.get(name) != self.decisions.get(name)
+            ]
+            raise ResumeError(
+                f"{str(self.folder)!r} was begun with other settings ({'; '.join(changed)}); "
+                "choose another --save, or delete it"
+            )
+        return True
+
+    def _write(self, status: str) -> None:
+        write_json(
+            self.folder / PLAN_FILE,
+            {"status": status, "fingerprint": self.fingerprint, "decisions": self.decisions},
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is complete."""
+        plan = self.plan
+        return plan is not None and plan.get("status") == "done"
+
+    def finish(self) -> None:
+        """Mark the model as complete and remove the blocks' files."""
+        self._write("done")
+        for path in sorted((self.folder / PARTS).glob("*")):
+            path.unlink()
+        if (self.folder / PARTS).is_dir():
+            (self.folder / PARTS).rmdir()
+        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
+
+    def part(self, name: str) -> Path:
+        """Return where the tensors of a part (a block, or "rest") are kept."""
+        return self.folder / PARTS / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether a part is there, whole."""
+        return self.part(name).is_file()
+
+    def save(self, name: str, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
+        """Write a part; its measurements first, so that the part is never there without them."""
+        write_json(self.part(name).with_suffix(".json"), records)
+        save_tensors(self.part(name), tensors, metadata=[("plan", self.fingerprint)])
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Return what was measured when a part was made."""
+        loaded: list[dict[str, Any]] = json.loads(self.part(name).with_suffix(".json").read_text())
+        return loaded
+
+
+def discard_unless_begun(copy: Path, folder: Path) -> None:
+    """Remove a model made to be quantized into `folder`, unless a run there can go on from it."""
+    if not (folder / PARTS).is_dir():
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,1 @@
+"""`rlo-hf finetune`: text to a finetuned model."""

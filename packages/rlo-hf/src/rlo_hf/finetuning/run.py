@@ -1,0 +1,180 @@
+"""Finetune a causal language model on text with any loss of the family, and measure true
+perplexity.
+
+The authors' `ft_opt.py`, with their defaults, for any model and text, and with exp of cross entropy
+where theirs prints exp of the rooted loss.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from rlo_core.errors import RLOError
+from rlo_core.lm.perplexity import PerplexityResult, perplexity
+from rlo_core.lm.text import Split, TextData, hold_out, load_text
+from rlo_core.registry import create_loss
+from rlo_core.runs.record import Run
+from torch import Tensor
+
+from rlo_hf.finetuning.adapters import check_adapters, with_adapters
+from rlo_hf.finetuning.blocks import blocks_of, token_ids
+from rlo_hf.finetuning.load import ModelError, load_model, load_tokenizer
+from rlo_hf.finetuning.options import FinetuneOptions
+from rlo_hf.finetuning.resuming import CHECKPOINTS, check_same, last_checkpoint
+from rlo_hf.finetuning.trainer import Report, device, trainer_of
+
+
+def finetune(
+    options: FinetuneOptions,
+    *,
+    save: Path | None = None,
+    merge: bool = False,
+    resume: bool = False,
+    eval_only: bool = False,
+    push: str | None = None,
+    say: Report = lambda line: None,
+) -> dict[str, Any]:
+    """Finetune, measure perplexity before and after, write the run and the report.
+
+    Args:
+        options: What decides the result; it goes into run.json.
+        save: The folder for the model (or its adapters) and tokenizer; None saves nothing.
+        merge: Save the model with its adapters merged in.
+        resume: Go on from the last checkpoint in the run folder.
+        eval_only: Measure perplexity and stop.
+        push: The hub name to push the model to; None for nowhere.
+        say: Is given lines for a person.
+
+    Returns:
+        The summary that is in run.json.
+
+    Raises:
+        RLOError: on a model, data set, loss or run folder that is not as it must be.
+    """
+    create_loss(options.loss)  # an unknown loss is said before anything is loaded
+    check_adapters(options)
+    out = Path(options.out)
+    if resume:
+        check_same(out, options)
+    transformers.set_seed(options.seed)
+    train, held = _texts(options, eval_only=eval_only)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    model = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    if merge and getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"model {options.model!r} is quantized, so that adapters cannot be added to its "
+            "weights; leave --merge out, and keep the adapter beside it or use the quantizer's "
+            "merge (rlo-gptq merge ADAPTER DATASET --save DIR)"
+        )
+    model.to(device())
+    rows = [] if train is None else _rows(train, tokenizer, options)
+    eval_ids = token_ids(held, tokenizer)
+    if not eval_only:
+        model = with_adapters(model, options)
+    run = Run.create(
+        out,
+        kind="hf finetune",
+        loss=None if eval_only else options.loss,
+        options=asdict(options),
+        seed=options.seed,
+        data={
+            "train": None if train is None else [train.name, train.fingerprint],
+            "train_blocks": len(rows),
+            "eval": [held.name, held.fingerprint],
+            "eval_tokens": len(eval_ids[: options.eval_tokens]),
+        },
+        resume=resume,
+    )
+
+    def measure(step: int) -> PerplexityResult:
+        result = perplexity(
+            model,
+            eval_ids,
+            context=_context(model, options),
+            batch_size=options.batch_size,
+            max_tokens=options.eval_tokens,
+        )
+        run.log(step=step, split="eval", ce=result.ce, perplexity=result.perplexity)
+        say(f"step {step}: perplexity {result.perplexity:.3f}, ce {result.ce:.4f} nats")
+        return result
+
+    with model.disable_adapter() if options.lora and not eval_only else nullcontext():
+        before = measure(0)
+    summary: dict[str, Any] = {
+        "perplexity_before": before.perplexity,
+        "ce_before": before.ce,
+        "eval_tokens": before.tokens,
+    }
+    if not eval_only:
+        trainer = trainer_of(model, rows, options, run, measure, say)
+        try:
+            done = trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+        except KeyboardInterrupt:
+            run.finish(status="interrupted", **summary)
+            raise
+        after = measure(trainer.state.global_step)
+        summary |= {
+            "perplexity_after": after.perplexity,
+            "ce_after": after.ce,
+            "steps": trainer.state.global_step,
+            "train_seconds": round(done.metrics["train_runtime"], 1),
+            "train_loss": done.training_loss,
+            "linear_path": trainer.linear_path,
+        }
+        if merge and options.lora:
+            model = model.merge_and_unload()
+        if save is not None:
+            model.save_pretrained(save)
+            tokenizer.save_pretrained(save)
+            summary["model"] = str(save)
+        if push is not None:
+            model.push_to_hub(push)
+            tokenizer.push_to_hub(push)
+            summary["pushed"] = push
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    run.finish(**summary)
+    _write_report(out)
+    return summary
+
+
+def _write_report(out: Path) -> None:
+    from rlo_core.runs.report import write_report
+
+    write_report([out], out / "report.html")
+
+
+def _texts(options: FinetuneOptions, *, eval_only: bool) -> tuple[TextData | None, TextData]:
+    column = options.text_column
+    held = load_text(
+        options.eval_dataset or options.dataset,
+        cast("Split", options.eval_split),
+        text_column=column,
+    )
+    if eval_only:
+        return None, held
+    train = load_text(options.dataset, cast("Split", options.train_split), text_column=column)
+    if train.fingerprint == held.fingerprint:
+        if train.divided:
+            raise RLOError(
+                f"the text that perplexity is measured on is that of training, the "
+                f"{options.train_split} split of {options.dataset!r}; give another --eval-split"
+            )
+        train, held = hold_out(train)
+    return train, held
+
+
+def _rows(train: TextData, tokenizer: Any, options: FinetuneOptions) -> list[dict[str, Tensor]]:
+    ids = token_ids(train, tokenizer)
+    return blocks_of(ids[: options.train_tokens], options.block)
+
+
+def _context(model: Any, options: FinetuneOptions) -> int:
+    if options.eval_context is not None:
+        return options.eval_context
+    config = model.config.get_text_config()
+    return min(int(getattr(config, "max_position_embeddings", None) or 2048), 2048)
