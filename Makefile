@@ -8,7 +8,7 @@ PYPROJECTS := pyproject.toml $(PACKAGES:%=packages/%/pyproject.toml)
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("dev.txt" if sys.version_info >= (3, 11) else "dev-py310.txt")')
 EDITABLE := -e packages/rlo-core[all] -e packages/rlo-timm[all] -e packages/rlo-hf[all] -e packages/rlo-gptq[all] -e packages/rlo-stylegan
 
-.PHONY: help install demo test test-all lint format types pytest lock clean
+.PHONY: help install demo test test-all lint format types pytest public-api lock clean
 
 help:
 	@echo "make demo      train, compare and quantize on data that ships with the dependencies"
@@ -44,6 +44,10 @@ types: install
 
 pytest: install
 	$(BIN)/python -m pytest
+
+# The promised names of each package, as they are now; say what goes in the CHANGELOG.
+public-api: install
+	$(BIN)/python scripts/public_api.py --write
 
 # Re-resolve the locked versions for both supported resolutions (plain name==version lines, no addresses).
 lock: install
