@@ -27,7 +27,7 @@ FILE = "PUBLIC_API.txt"
 MODULES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "rlo-core": {
         "rlo_core": None,
-        "rlo_core.cli": ("FriendlyGroup", "main"),
+        "rlo_core.cli": ("FriendlyGroup",),
         "rlo_core.demo": ("demo_parts", "run_demo"),
         "rlo_core.errors": None,
         "rlo_core.functional": None,
@@ -52,13 +52,6 @@ MODULES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "rlo_stylegan.factory": ("patched_loss",),
         "rlo_stylegan.flags": ("gan_loss_kwargs",),
     },
-}
-COMMANDS = {
-    "rlo-core": ("rlo", "rlo_core.cli"),
-    "rlo-timm": ("rlo-timm", "rlo_timm.cli"),
-    "rlo-hf": ("rlo-hf", "rlo_hf.cli"),
-    "rlo-gptq": ("rlo-gptq", "rlo_gptq.cli"),
-    "rlo-stylegan": ("rlo-stylegan", "rlo_stylegan.cli"),
 }
 
 
@@ -163,11 +156,15 @@ def inventory(package: str) -> list[str]:
             # It needs an extra that is not installed here: what the file says of it holds.
             lines.update(line for line in listed(package) if line.startswith(f"{name}."))
             continue
-        for attribute in public_names(module) if only is None else only:
+        names = set(public_names(module) if only is None else only)
+        # A promised name may have moved to another module and still be found here.
+        promised = {_parts(line)[0] for line in listed(package) if line.startswith(f"{name}.")}
+        names |= {word for word in (p[len(name) + 1 :] for p in promised) if hasattr(module, word)}
+        for attribute in sorted(names):
             lines.update(described(f"{name}.{attribute}", getattr(module, attribute)))
-    command, home = COMMANDS[package]
-    lines.update(options(importlib.import_module(home).main, command))
     for entry in distribution(package).entry_points:
+        if entry.group == "console_scripts" and entry.name != "timm":  # a script's own options
+            lines.update(options(entry.load(), entry.name))
         kind = "command" if entry.group == "console_scripts" else f"entry point {entry.group}"
         lines.add(f"{kind} {entry.name}")
     return sorted(lines)
