@@ -95,3 +95,15 @@ def bad_plugin(install: Callable[..., None]) -> None:
             "rlo_core.hosts": {"badhost": "plugin_bad:HOST"},
         },
     )
+
+
+@pytest.fixture
+def leaving_plugin(install: Callable[..., None]) -> None:
+    """A package whose every plug-in calls sys.exit when it is imported."""
+    groups = ["losses", "hosts", "demos", "model_loaders", "adapter_initializers"]
+    install(
+        "leaving",
+        "1.0",
+        {"plugin_leaving": "import sys\nsys.exit(3)\n"},
+        {f"rlo_core.{group}": {"leaving": "plugin_leaving:thing"} for group in groups},
+    )

@@ -78,7 +78,7 @@ def test_doctor_is_content_with_this_installation_and_shows_versions_and_ranges(
     ours = [c for key, c in checks.items() if key[0] != "host"]
     assert all(check["ok"] for check in ours)
     assert code == (0 if all(check["ok"] for check in checks.values()) else 1)
-    assert {("loss", "rlo"), ("demo", "digits")} <= set(checks)
+    assert {("loss", "rlo"), ("demo part", "digits")} <= set(checks)
 
 
 @pytest.mark.usefixtures("bad_plugin")

@@ -101,5 +101,8 @@ def test_parts_of_other_packages_join_and_ours_comes_first(tmp_path: Path) -> No
 def test_an_unknown_and_a_broken_part_are_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^unknown demo part 'none'; available: digits, "):
         run_demo(tmp_path, parts=["none"])
-    with pytest.raises(PluginError, match=r"^demo part 'broken' failed to import \(AttributeError"):
+    with pytest.raises(
+        PluginError,
+        match=r"^demo part 'broken' from small-demo 1.0 failed to import \(AttributeError",
+    ):
         run_demo(tmp_path, parts=["broken"])

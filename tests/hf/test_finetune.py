@@ -7,11 +7,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from rlo_core.lm.text import TextData
+from rlo_core.lm.models import ModelError, open_model
 from rlo_core.runs.record import read_metrics, read_run
 from rlo_hf.cli import main
-from rlo_hf.finetuning.blocks import blocks_of, token_ids
-from rlo_hf.finetuning.load import ModelError, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -133,8 +131,8 @@ def test_adapters_are_saved_alone_or_merged_and_load_on_their_base(folder, tmp_p
     assert merged["perplexity_after"] == adapted["perplexity_after"]
     ids = torch.arange(5, 60).unsqueeze(0)
     with torch.no_grad():
-        one = load_model(str(tmp_path / "a" / "model"))(ids).logits
-        two = load_model(str(tmp_path / "m" / "model"))(ids).logits
+        one = open_model(str(tmp_path / "a" / "model"))(ids).logits
+        two = open_model(str(tmp_path / "m" / "model"))(ids).logits
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
@@ -228,11 +226,11 @@ def test_a_gguf_model_is_finetuned_as_a_float_model(folder, tmp_path):
     writer.close()
     ids = torch.arange(5, 60).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(load_model(str(path))(ids).logits, model(ids).logits)
+        torch.testing.assert_close(open_model(str(path))(ids).logits, model(ids).logits)
     words = (path, folder / "text.txt", *FAST, "--out", tmp_path / "run", "--json")
     summary = json.loads(call(*words).stdout)
     assert summary["perplexity_after"] < 0.5 * summary["perplexity_before"]
-    again = load_model(str(tmp_path / "run" / "model"))
+    again = open_model(str(tmp_path / "run" / "model"))
     assert again.config.model_type == "llama"
     assert not getattr(again, "is_quantized", False)
 
@@ -259,18 +257,7 @@ def test_a_quantized_checkpoint_of_a_missing_package_is_named(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__("sys").modules, "rlo_gptq", None)
         with pytest.raises(ModelError, match=r"^rlo-none models need the package rlo-gptq: pip"):
-            load_model(str(tmp_path))
-
-
-def test_documents_are_tokenized_one_by_one_and_running_text_as_a_whole(folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
-    texts = ["ab", "", "c"]
-    data = TextData("t", texts, "\n\n".join(texts), "0")
-    assert tokenizer.decode(token_ids(data, tokenizer)) == "ab~c~"
-    running = TextData("t", texts, "ab\n\nc", "0", running=True)
-    assert tokenizer.decode(token_ids(running, tokenizer)) == "ab\n\nc"
-    blocks = blocks_of(torch.arange(10), 4)
-    assert [row["input_ids"].tolist() for row in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+            open_model(str(tmp_path))
 
 
 def test_help_imports_no_torch(root):

@@ -10,14 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 import click
 
 from rlo_core.errors import PluginError
-
-HOST_GROUP = "rlo_core.hosts"
+from rlo_core.plugins import HOSTS, find_plugins, load_plugin, package_of
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,37 @@ class Host:
     optional: Mapping[str, str] = field(default_factory=dict)
 
     def load_command(self) -> click.Command:
-        """Import and return the click command."""
+        """Import and return the click command.
+
+        Raises:
+            PluginError: it does not import.
+        """
         module, _, attribute = self.command.partition(":")
-        return cast("click.Command", getattr(importlib.import_module(module), attribute))
+        try:
+            return cast("click.Command", getattr(importlib.import_module(module), attribute))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a host that calls sys.exit costs its own name only
+            raise PluginError(
+                f"host {self.name!r}: {self.command} failed to import "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
-def host_entries() -> dict[str, EntryPoint]:
-    """Return the registered hosts by name; imports nothing."""
-    return {entry.name: entry for entry in sorted(entry_points(group=HOST_GROUP))}
+def available_hosts() -> list[str]:
+    """Return the names of the registered hosts, sorted; imports nothing."""
+    return list(find_plugins(HOSTS))
 
 
 def load_host(name: str) -> Host:
     """Import one host adapter.
 
     Raises:
-        PluginError: it does not import, or is no `Host`.
+        SpecError: no such name.
+        PluginError: it does not import, two packages claim it, or it is no `Host`.
     """
-    entry = host_entries()[name]
-    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
-    try:
-        host = entry.load()
-    except Exception as error:
-        raise PluginError(
-            f"host {name!r} from {package} failed to import ({type(error).__name__}: {error}); "
-            "`rlo doctor` checks every plugin"
-        ) from error
+    host = load_plugin(HOSTS, name)
     if not isinstance(host, Host):
+        package = " and ".join(map(package_of, find_plugins(HOSTS)[name]))
         raise PluginError(f"host {name!r} from {package} must be a Host, got {type(host).__name__}")
     return host

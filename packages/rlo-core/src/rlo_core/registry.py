@@ -9,16 +9,15 @@ it is asked for, alone.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points, version
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any
 
 from rlo_core.errors import PluginError, SpecError
+from rlo_core.plugins import LOSSES, find_plugins, load_plugin, package_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from rlo_core.links import Link
     from rlo_core.modules import BinaryLinkLoss
 
-LOSS_GROUP = "rlo_core.losses"
 COMMON_OPTIONS = ("weight", "ignore_index", "label_smoothing", "reduction")
 """What the host sets, not the spec; a factory takes those that it can honour."""
 
@@ -80,26 +78,12 @@ def parse_spec(spec: str | LossSpec) -> LossSpec:
     return LossSpec(name.strip(), options)
 
 
-def _found() -> dict[str, list[EntryPoint]]:
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=LOSS_GROUP):
-        same = found.setdefault(entry.name, [])
-        # The same distribution can be on sys.path twice (editable and built); that is no conflict.
-        if not any(
-            other.value == entry.value and package_of(other) == package_of(entry) for other in same
-        ):
-            same.append(entry)
-    return dict(sorted(found.items()))
-
-
-def package_of(entry: EntryPoint) -> str:
-    """Return `name version` of the distribution that an entry point comes from."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
-
-
 def available_losses() -> dict[str, str]:
     """Return every registered name and the `package version` it comes from; imports no plugin."""
-    return {name: " and ".join(map(package_of, found)) for name, found in _found().items()}
+    return {
+        name: " and ".join(map(package_of, entries))
+        for name, entries in find_plugins(LOSSES).items()
+    }
 
 
 def load_factory(name: str) -> Callable[..., nn.Module]:
@@ -109,30 +93,10 @@ def load_factory(name: str) -> Callable[..., nn.Module]:
         SpecError: no such name (with a suggestion).
         PluginError: two packages claim it, or it does not import.
     """
-    found = _found()
-    if name not in found:
-        close = difflib.get_close_matches(name, found, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise SpecError(
-            f"unknown loss {name!r}{hint} available: {', '.join(found)} "
-            f"(rlo-core {version('rlo-core')})"
-        )
-    entries = found[name]
-    if len(entries) > 1:
-        raise PluginError(
-            f"loss {name!r} is registered by {' and by '.join(map(package_of, entries))}; "
-            "uninstall one of them"
-        )
-    try:
-        factory = entries[0].load()
-    except Exception as error:
-        raise PluginError(
-            f"loss {name!r} from {package_of(entries[0])} failed to import "
-            f"({type(error).__name__}: {error}); `rlo doctor` checks every plugin"
-        ) from error
+    factory = load_plugin(LOSSES, name)
     if not callable(factory):
         raise PluginError(
-            f"loss {name!r} from {package_of(entries[0])} must be a callable that returns a "
+            f"loss {name!r} from {available_losses()[name]} must be a callable that returns a "
             f"module, got {type(factory).__name__}"
         )
     return typing.cast("Callable[..., nn.Module]", factory)

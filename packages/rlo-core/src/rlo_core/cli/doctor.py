@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-from rlo_core.demo.parts import DEMO_GROUP
 from rlo_core.errors import RLOError
-from rlo_core.hosts import host_entries, load_host
-from rlo_core.registry import available_losses, load_factory, package_of
+from rlo_core.hosts import load_host
+from rlo_core.plugins import (
+    GROUPS,
+    HOSTS,
+    LOSSES,
+    PluginGroup,
+    find_plugins,
+    load_plugin,
+    package_of,
+)
+from rlo_core.registry import load_factory
 
 
 @dataclass(frozen=True)
@@ -26,46 +34,37 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Import every loss, every host with its command, and every part of the demo, each alone."""
-    losses = [_loss(name, package) for name, package in available_losses().items()]
-    hosts = [_host(name, entry) for name, entry in host_entries().items()]
-    parts = [_part(entry) for entry in sorted(entry_points(group=DEMO_GROUP))]
-    return [*losses, *hosts, *parts]
+    """Import every plug-in of every group, each alone, and each host's command."""
+    checks = []
+    for group in GROUPS:
+        for name, entries in find_plugins(group).items():
+            package = " and ".join(map(package_of, entries))
+            checks.append(_check(group, name, package, entries[0].value))
+    return checks
 
 
-def _loss(name: str, package: str) -> Check:
+def _check(group: PluginGroup, name: str, package: str, value: str) -> Check:
+    kind = group.kind
     try:
-        factory = load_factory(name)
+        if group is LOSSES:
+            formula = getattr(load_factory(name), "formula", "")
+            return Check(kind, name, package, True, formula)
+        if group is HOSTS:
+            return _host(name, package)
+        load_plugin(group, name)
     except RLOError as error:
-        return Check("loss", name, package, False, str(error))
-    return Check("loss", name, package, True, getattr(factory, "formula", ""))
+        return Check(kind, name, package, False, str(error))
+    return Check(kind, name, package, True, value)
 
 
-def _part(entry: EntryPoint) -> Check:
-    try:
-        entry.load()
-    except Exception as error:
-        return Check("demo", entry.name, package_of(entry), False, _reason(error))
-    return Check("demo", entry.name, package_of(entry), True, entry.value)
-
-
-def _host(name: str, entry: EntryPoint) -> Check:
-    package = package_of(entry)
-    try:
-        host = load_host(name)
-    except RLOError as error:
-        return Check("host", name, package, False, str(error))
+def _host(name: str, package: str) -> Check:
+    host = load_host(name)
     found, wrong = _versions(host.requires)
     extra, extra_wrong = _versions(host.optional, optional=True)
-    detail = ", ".join([*found, *extra])
     if wrong or extra_wrong:
         return Check("host", name, package, False, ", ".join([*wrong, *extra_wrong]))
-    try:
-        host.load_command()
-    except Exception as error:
-        reason = f"{host.command} failed to import ({_reason(error)})"
-        return Check("host", name, package, False, reason)
-    return Check("host", name, package, True, detail)
+    host.load_command()
+    return Check("host", name, package, True, ", ".join([*found, *extra]))
 
 
 def _versions(
@@ -86,7 +85,3 @@ def _versions(
         else:
             wrong.append(f"{distribution} {installed} is not supported{wanted}")
     return found, wrong
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from rlo_core.errors import RLOError
-from rlo_core.hosts import host_entries, load_host
+from rlo_core.hosts import available_hosts, load_host
 
 
 class FriendlyGroup(click.Group):
@@ -32,11 +32,11 @@ class HostGroup(FriendlyGroup):
     """`rlo` itself: its own commands, and each installed host's, imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *host_entries()})
+        return sorted({*super().list_commands(ctx), *available_hosts()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         own = super().get_command(ctx, cmd_name)
-        if own is not None or cmd_name not in host_entries():
+        if own is not None or cmd_name not in available_hosts():
             return own
         try:
             return load_host(cmd_name).load_command()
@@ -52,7 +52,7 @@ class HostGroup(FriendlyGroup):
         with formatter.section("Commands"):
             formatter.write_dl(own)
         hosts = []
-        for name in host_entries():
+        for name in available_hosts():
             try:
                 hosts.append((name, load_host(name).summary))
             except RLOError as error:

@@ -14,26 +14,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlo_core.errors import PluginError, RLOError, SpecError
+from rlo_core.plugins import DEMOS, find_plugins, load_plugin, package_of, unknown_name
 from rlo_core.runs.record import Run, read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEMO_GROUP = "rlo_core.demos"
 
+def demo_parts() -> list[str]:
+    """Return the names of the parts, core's own first; imports nothing."""
 
-def demo_parts() -> dict[str, EntryPoint]:
-    """Return the parts by name, core's own first; imports nothing."""
-    found = sorted(
-        entry_points(group=DEMO_GROUP),
-        key=lambda entry: (entry.dist is None or entry.dist.name != "rlo-core", entry.name),
-    )
-    return {entry.name: entry for entry in found}
+    def foreign(name: str) -> bool:
+        return not any(package_of(e).startswith("rlo-core ") for e in found[name])
+
+    found = find_plugins(DEMOS)
+    return sorted(found, key=lambda name: (foreign(name), name))
 
 
 def run_demo(
@@ -61,14 +60,14 @@ def run_demo(
     known = demo_parts()
     for name in parts:
         if name not in known:
-            raise SpecError(f"unknown demo part {name!r}; available: {', '.join(known)}")
-    chosen = list(parts) or list(known)
+            raise SpecError(unknown_name(DEMOS.kind, name, known))
+    chosen = list(parts) or known
     run = Run.create(folder, kind="demo", options={"parts": chosen})
     summaries: dict[str, Any] = {}
     for name in chosen:
         started = time.monotonic()
         try:
-            summary = _load(known[name])(folder / name, console=console)
+            summary = load_plugin(DEMOS, name)(folder / name, console=console)
         except PluginError:
             raise
         except RLOError as error:
@@ -83,16 +82,6 @@ def run_demo(
     write_report([folder], folder / "report.html", title="rlo demo")
     write_pictures([folder], folder)
     return summaries
-
-
-def _load(entry: EntryPoint) -> Any:
-    try:
-        return entry.load()
-    except Exception as error:
-        raise PluginError(
-            f"demo part {entry.name!r} failed to import ({type(error).__name__}: {error}); "
-            "`rlo doctor` checks every plugin"
-        ) from error
 
 
 def _merged(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rlo_core.files import write_json
+from rlo_core.lm.models import ADAPTER_FILE, adapter_base, open_model
 from torch import Tensor, nn
 
 from rlo_gptq.adapters.loftq import AdapterError, adapted_layers
 from rlo_gptq.checkpoint.hf_quantizer import METHOD
-from rlo_gptq.checkpoint.load import load, read_quantization, weight_files
+from rlo_gptq.checkpoint.load import read_quantization, weight_files
 from rlo_gptq.models.experts import SplitExperts
 from rlo_gptq.models.shards import ShardWriter, file_digests, new_folder
 from rlo_gptq.options import Options
@@ -29,27 +29,20 @@ from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.pipeline.work_folder import PLAN_FILE
 from rlo_gptq.settings import LayerSettings, TuneSettings
 
-ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTE = "merged.json"
 ADAPTER = "default"  # the name peft gives to the adapter of a folder
 
 
-def adapter_base(adapter: Path) -> Path:
+def packed_base(adapter: Path) -> Path:
     """Return the folder of the packed model that an adapter's folder names.
 
     Raises:
-        AdapterError: it names none, or one that is not ours.
+        AdapterError: there is no adapter, or its base is not a packed model of ours.
     """
-    try:
-        config = json.loads((adapter / ADAPTER_FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{str(adapter)!r} has no {ADAPTER_FILE}") from None
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{str(adapter / ADAPTER_FILE)!r} is not JSON: {error}") from error
-    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"adapter {str(adapter)!r} does not name its base model")
+    if not (adapter / ADAPTER_FILE).is_file():
+        raise AdapterError(f"{str(adapter)!r} has no {ADAPTER_FILE}")
+    name = adapter_base(adapter)
     base = Path(name)
     if not base.is_dir():
         raise AdapterError(f"the base model of adapter {str(adapter)!r}, {name!r}, is not a folder")
@@ -60,25 +53,6 @@ def adapter_base(adapter: Path) -> Path:
             "with peft's merge_and_unload()"
         )
     return base
-
-
-def load_adapted(adapter: Path, **options: Any) -> nn.Module:
-    """Return a packed model with the adapter in `adapter` on it; options as those of `load`.
-
-    Raises:
-        AdapterError: peft is missing, or the folder has no adapter of a model of ours.
-    """
-    base = adapter_base(adapter)
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise AdapterError(
-            "adapters need the package peft: pip install 'rlo-gptq[peft]'"
-        ) from error
-    with warnings.catch_warnings():  # peft 0.21 asks transformers by a name that is going away
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        model: nn.Module = peft.PeftModel.from_pretrained(load(base, **options), str(adapter))
-    return model.eval()
 
 
 def quantize_options(
@@ -144,7 +118,8 @@ def write_merged(adapter: Path, out: Path) -> Path:
     note = out / NOTE
     if note.is_file() and json.loads(note.read_text("utf-8")) == origin:
         return out
-    model = load_adapted(adapter)
+    packed_base(adapter)
+    model = open_model(str(adapter))
     shutil.rmtree(out, ignore_errors=True)  # made of other files
     with new_folder(out, AdapterError) as partial:
         _write_model(model, partial)
@@ -157,7 +132,7 @@ def _origin(adapter: Path) -> dict[str, str]:
     weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise AdapterError(f"{str(adapter)!r} lacks {weights.name}")
-    return file_digests([weights, *weight_files(adapter_base(adapter))])
+    return file_digests([weights, *weight_files(packed_base(adapter))])
 
 
 @torch.no_grad()

@@ -95,11 +95,11 @@ def merge_adapter(
     """
     from dataclasses import replace
 
-    from rlo_gptq.adapters.merge import adapter_base, quantize_options, write_merged
+    from rlo_gptq.adapters.merge import packed_base, quantize_options, write_merged
     from rlo_gptq.pipeline.processes import join_processes
     from rlo_gptq.pipeline.work_folder import discard_unless_begun
 
-    options = quantize_options(adapter_base(adapter), dataset, changes=changes, tune=tune)
+    options = quantize_options(packed_base(adapter), dataset, changes=changes, tune=tune)
     with join_processes(device) as processes:
         dense = folder.with_name(f".{folder.name}.merged")
         if processes.first:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RLOError
+from rlo_core.lm.models import ADAPTER_FILE, adapter_base
 from rlo_core.runs.record import read_run
 
-from rlo_gptq.adapters.merge import ADAPTER_FILE, adapter_base
 from rlo_gptq.checkpoint.hf_quantizer import METHOD
 from rlo_gptq.checkpoint.load import read_quantization, weight_bytes
 from rlo_gptq.evaluation.open_model import EvaluationError, check_model
@@ -61,7 +61,7 @@ def compare_models(
 def _described(folder: Path) -> dict[str, Any]:
     """Return bits, method, incoherence and bytes of a model, or of an adapter with its base."""
     if (folder / ADAPTER_FILE).is_file():
-        base = _described(adapter_base(folder))
+        base = _described(check_model(adapter_base(folder)))
         size = base["bytes"] + weight_bytes(folder)
         return {**base, "method": f"{base['method']} + adapter", "bytes": size}
     found = read_quantization(folder)

@@ -1,20 +1,15 @@
-"""Open a model for evaluation: ours, an adapter of ours, a GPTQ checkpoint, or what transformers
-loads.
-"""
+"""A model for evaluation: opened as every command opens one, its tokenizer, and where it is."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rlo_core.errors import RLOError
+from rlo_core.lm import models
+from rlo_core.lm.models import ADAPTER_FILE
 
-from rlo_gptq.adapters.merge import ADAPTER_FILE, adapter_base, load_adapted
-from rlo_gptq.checkpoint.hf_quantizer import METHOD
-from rlo_gptq.checkpoint.load import load, read_quantization
-from rlo_gptq.formats.import_gptq import import_checkpoint
 from rlo_gptq.models.source import find_model
 from rlo_gptq.pipeline.processes import pick_device
 
@@ -29,37 +24,20 @@ class EvaluationError(RLOError):
 def open_model(
     name: str, *, device: str = "auto", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """Load a model, its tokenizer, and its folder: ours, an adapter of ours, a GPTQ checkpoint, or
-    what transformers loads.
+    """Load a model, its tokenizer, and its folder, as `rlo_core.lm.models.open_model` does.
+
+    Args:
+        name: A folder, a GGUF file, a hub name or an adapter's folder, quantized or not.
+        device: "auto", "cpu", "cuda", ...
+        dtype: Of weights that are not packed, and of activations.
 
     Raises:
         RLOError: it cannot be found or read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    kind: torch.dtype = getattr(torch, dtype)
+    folder = check_model(name)  # a hub name as its folder, a GGUF file as safetensors
     place = {"": pick_device(device)}
-    if (Path(name) / ADAPTER_FILE).is_file():
-        adapter = Path(name)
-        adapted: Any = load_adapted(adapter, dtype=kind, device_map=place)
-        return adapted, AutoTokenizer.from_pretrained(adapter_base(adapter)), adapter
-    folder = find_model(name)
-    method = read_quantization(folder).get("quant_method")
-    if method == METHOD:
-        model = load(folder, dtype=kind, device_map=place)
-    elif method == "gptq":  # transformers would need GPTQModel, and half precision
-        with tempfile.TemporaryDirectory(prefix="rlo-gptq-") as scratch:
-            ours = import_checkpoint(folder, Path(scratch) / "imported").folder
-            model = load(ours, dtype=kind, device_map=place)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map=place)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise EvaluationError(
-                f"{name!r} does not load: {' '.join(str(error).split())}"
-            ) from error
-    model.eval()  # type: ignore[no-untyped-call]
-    return model, AutoTokenizer.from_pretrained(folder), folder
+    model = models.open_model(str(folder), dtype=getattr(torch, dtype), device_map=place)
+    return model, models.open_tokenizer(str(folder)), folder
 
 
 def check_model(name: str) -> Path:

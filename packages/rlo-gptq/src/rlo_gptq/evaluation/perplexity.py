@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rlo_core.lm.perplexity import perplexity
 from rlo_core.lm.text import load_first_split
+from rlo_core.lm.tokens import token_ids, window_length
 
-from rlo_gptq.calibration.sequences import token_ids
 from rlo_gptq.checkpoint.load import weight_bytes
-from rlo_gptq.evaluation.open_model import EvaluationError, open_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-LONGEST_WINDOW = 2048
-"""Tokens of a window in the field's tables, for models that allow as many."""
+from rlo_gptq.evaluation.open_model import open_model
 
 
 def evaluate_perplexity(
@@ -49,7 +43,7 @@ def evaluate_perplexity(
     """
     model, tokenizer, folder = open_model(name, device=device, dtype=dtype)
     data, found = load_first_split(dataset, [split] if split else ["test", "validation"])
-    window = _window(model, context)
+    window = window_length(model.config, context)
     begin = time.perf_counter()
     with torch.inference_mode():
         result = perplexity(
@@ -71,19 +65,3 @@ def evaluate_perplexity(
         "bytes": weight_bytes(folder),
         "seconds": round(time.perf_counter() - begin, 3),
     }
-
-
-def _window(model: PreTrainedModel, context: int | None) -> int:
-    """Return the tokens of a window.
-
-    Raises:
-        EvaluationError: the model has a table of positions, and it is shorter.
-    """
-    text = model.config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None)
-    if context is None:
-        return min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
-    # Rotated positions have no end, and how far they carry is worth measuring.
-    if longest and context > longest and not getattr(text, "rope_parameters", None):
-        raise EvaluationError(f"context must be at most the model's {longest}, got {context}")
-    return context

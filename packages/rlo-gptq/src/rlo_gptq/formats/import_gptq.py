@@ -4,16 +4,17 @@ it.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rlo_gptq.checkpoint.load import quantization_config
+from rlo_gptq.checkpoint.load import load, quantization_config
 from rlo_gptq.checkpoint.validation import (
     check_folder,
     check_sizes,
@@ -34,6 +35,9 @@ from rlo_gptq.formats.gptq import (
 from rlo_gptq.models.shards import ShardWriter, new_folder, tensor_names
 from rlo_gptq.packed.packing import pack_codes
 from rlo_gptq.settings import LayerSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -67,6 +71,22 @@ def import_checkpoint(folder: Path, out: Path) -> Imported:
     with new_folder(out, FormatError) as partial:
         settings, layers = _write(folder, partial, config, bits, checkpoint_format)
     return Imported(out, settings, layers)
+
+
+def open_gptq(
+    folder: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None
+) -> PreTrainedModel:
+    """Load a GPTQ checkpoint as a packed model; transformers would need GPTQModel, and half
+    precision.
+
+    Args:
+        folder: As `import_checkpoint`.
+        dtype: As `rlo_gptq.checkpoint.load.load`.
+        device_map: Likewise.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlo-gptq-") as scratch:
+        ours = import_checkpoint(Path(folder), Path(scratch) / "imported").folder
+        return load(ours, dtype=dtype, device_map=device_map)
 
 
 def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

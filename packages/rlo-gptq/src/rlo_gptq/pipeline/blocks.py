@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rlo_core.lm.text import load_first_split
+from rlo_core.lm.tokens import token_ids
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -23,7 +24,7 @@ from rlo_gptq.calibration.block_inputs import (
     run_sequences,
 )
 from rlo_gptq.calibration.hessian_sum import CalibrationError
-from rlo_gptq.calibration.sequences import sample_sequences, token_ids
+from rlo_gptq.calibration.sequences import sample_sequences
 from rlo_gptq.calibration.token_weights import sequence_weights, tail, weighting_link
 from rlo_gptq.formats.export import check_exportable
 from rlo_gptq.models.fold_checkpoint import fold_checkpoint

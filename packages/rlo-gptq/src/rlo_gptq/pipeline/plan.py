@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rlo_core.lm.tokens import LONGEST_WINDOW
 from torch import nn
 
 from rlo_gptq.calibration.hessian_sum import CalibrationError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rlo_gptq.models.source import ModelSource
     from rlo_gptq.options import Options
 
-LONGEST_DEFAULT = 2048
 _FLOPS = {"cpu": 25e9, "cuda": 2e13}
 """Sustained float32 operations per second that times are guessed with: one core, one data-centre
 GPU."""
@@ -57,7 +57,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     layout = find_layout(skeleton, skip=options.skip)
     text = source.config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or (1 << 30)
-    seqlen = options.seqlen or min(longest, LONGEST_DEFAULT)
+    seqlen = options.seqlen or min(longest, LONGEST_WINDOW)
     if seqlen > longest:
         raise CalibrationError(f"seqlen must be at most the model's {longest}, got {seqlen}")
     dtype: torch.dtype = getattr(torch, options.dtype)

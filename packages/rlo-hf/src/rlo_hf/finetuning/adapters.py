@@ -6,8 +6,8 @@ import importlib.util
 from typing import Any
 
 from rlo_core.errors import RLOError
+from rlo_core.lm.models import ModelError, initialize_adapters
 
-from rlo_hf.finetuning.load import ModelError, begin_at_error
 from rlo_hf.finetuning.options import FinetuneOptions
 
 
@@ -40,7 +40,7 @@ def with_adapters(model: Any, options: FinetuneOptions) -> Any:
     except ValueError as error:
         raise ModelError(f"peft cannot put adapters on {options.model!r}: {error}") from error
     if options.lora_init == "loftq":
-        begin_at_error(adapted, options.model, options.original or "")
+        initialize_adapters(adapted, options.model, options.original or "")
     return adapted
 
 

@@ -15,15 +15,15 @@ from typing import Any, cast
 
 import transformers
 from rlo_core.errors import RLOError
+from rlo_core.lm.models import ModelError, open_model, open_tokenizer
 from rlo_core.lm.perplexity import PerplexityResult, perplexity
 from rlo_core.lm.text import Split, TextData, hold_out, load_text
+from rlo_core.lm.tokens import token_blocks, token_ids, window_length
 from rlo_core.registry import create_loss
 from rlo_core.runs.record import Run
 from torch import Tensor
 
 from rlo_hf.finetuning.adapters import check_adapters, with_adapters
-from rlo_hf.finetuning.blocks import blocks_of, token_ids
-from rlo_hf.finetuning.load import ModelError, load_model, load_tokenizer
 from rlo_hf.finetuning.options import FinetuneOptions
 from rlo_hf.finetuning.resuming import CHECKPOINTS, check_same, last_checkpoint
 from rlo_hf.finetuning.trainer import Report, device, trainer_of
@@ -63,8 +63,8 @@ def finetune(
         check_same(out, options)
     transformers.set_seed(options.seed)
     train, held = _texts(options, eval_only=eval_only)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-    model = load_model(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = open_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    model = open_model(options.model, trust_remote_code=options.trust_remote_code)
     if merge and getattr(model, "is_quantized", False):
         raise ModelError(
             f"model {options.model!r} is quantized, so that adapters cannot be added to its "
@@ -73,7 +73,7 @@ def finetune(
         )
     model.to(device())
     rows = [] if train is None else _rows(train, tokenizer, options)
-    eval_ids = token_ids(held, tokenizer)
+    eval_ids = token_ids(tokenizer, held)
     if not eval_only:
         model = with_adapters(model, options)
     run = Run.create(
@@ -95,7 +95,7 @@ def finetune(
         result = perplexity(
             model,
             eval_ids,
-            context=_context(model, options),
+            context=window_length(model.config, options.eval_context),
             batch_size=options.batch_size,
             max_tokens=options.eval_tokens,
         )
@@ -169,12 +169,5 @@ def _texts(options: FinetuneOptions, *, eval_only: bool) -> tuple[TextData | Non
 
 
 def _rows(train: TextData, tokenizer: Any, options: FinetuneOptions) -> list[dict[str, Tensor]]:
-    ids = token_ids(train, tokenizer)
-    return blocks_of(ids[: options.train_tokens], options.block)
-
-
-def _context(model: Any, options: FinetuneOptions) -> int:
-    if options.eval_context is not None:
-        return options.eval_context
-    config = model.config.get_text_config()
-    return min(int(getattr(config, "max_position_embeddings", None) or 2048), 2048)
+    blocks = token_blocks(token_ids(tokenizer, train)[: options.train_tokens], options.block)
+    return [{"input_ids": row, "labels": row} for row in blocks]  # the model shifts the labels
