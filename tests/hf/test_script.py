@@ -1,16 +1,17 @@
 """`rlo-hf run SCRIPT`: scripts as they are on disk, the loss in their Trainer or model."""
 
-import ast
 import json
+import os
 import textwrap
 
 import pytest
 import transformers
 from click.testing import CliRunner
-from rlo_core.errors import SpecError
-from rlo_core.launch import ScriptError
+from rlo_core.errors import RLOError, SpecError
 from rlo_hf.cli import main, split_loss
-from rlo_hf.script import run_with_loss, with_loss
+from rlo_hf.everywhere import adopt
+from rlo_hf.script import run_with_loss
+from rlo_hf.self_check import SelfCheckError
 
 SETUP = """
 import json, pathlib, sys, torch
@@ -80,20 +81,85 @@ def test_a_loop_without_a_trainer_gets_the_loss_in_its_model(tmp_path):
     assert evaluated == pytest.approx(ce, rel=1e-5)
 
 
-def test_trls_trainer_is_found_too():
-    tree = with_loss(ast.parse("from trl import SFTConfig, SFTTrainer\nSFTTrainer()"), loss="rlo")
-    assert "bound_trainer('SFTTrainer', 'rlo')" in ast.unparse(tree)
+def test_a_trainer_of_another_file_is_given_the_loss(tmp_path):
+    (tmp_path / "own_package.py").write_text(
+        f"import transformers\n{textwrap.dedent(SETUP)}"
+        "def train(folder):\n"
+        "    args = transformers.TrainingArguments(output_dir=folder, use_cpu=True, max_steps=1,\n"
+        "        report_to=[], save_strategy='no', dataloader_pin_memory=False)\n"
+        "    model = transformers.LlamaForCausalLM(config)\n"
+        "    trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)\n"
+        "    trainer.train()\n"
+        "    return trainer.loss_objective.name\n"
+    )
+    path = script(
+        tmp_path,
+        "import sys, pathlib, own_package\n"
+        "pathlib.Path(sys.argv[2]).write_text(own_package.train(sys.argv[1]))\n",
+    )
+    run_with_loss(str(path), [str(tmp_path / "out"), str(tmp_path / "name")], "rlo:k=4")
+    assert (tmp_path / "name").read_text() == "rlo:k=4"
 
 
-def test_an_import_inside_a_block_is_followed_there():
-    source = "def main():\n    from transformers import Seq2SeqTrainer\n    return Seq2SeqTrainer"
-    lines = ast.unparse(with_loss(ast.parse(source), loss="rlo")).splitlines()
-    assert lines[2].startswith("    Seq2SeqTrainer = ")
+def test_a_loss_of_the_scripts_own_stops_the_first_step_with_its_file_and_line(tmp_path):
+    path = script(
+        tmp_path,
+        f"import transformers\n{SETUP}{ARGUMENTS}"
+        "class Own(transformers.Trainer):\n"
+        "    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):\n"
+        "        loss = model(**inputs).loss\n"
+        "        return (loss, None) if return_outputs else loss\n"
+        "model = transformers.LlamaForCausalLM(config)\n"
+        "Own(model=model, args=args, train_dataset=rows).train()\n"
+        "pathlib.Path(sys.argv[2]).write_text('trained')\n",
+    )
+    words = [str(tmp_path / "out"), str(tmp_path / "done")]
+    with pytest.raises(
+        SelfCheckError,
+        match=r"^the loss that is propagated is [\d.]+, and rlo:k=2 of the same outputs is [\d.]+: "
+        r"Own.compute_loss \(.*train.py, line 13\) has a loss of its own; call super\(\) in it, or "
+        r"turn this check off with check=False \(--no-check\)$",
+    ):
+        run_with_loss(str(path), words, "rlo:k=2")
+    assert not (tmp_path / "done").exists()
+    run_with_loss(str(path), words, "rlo:k=2", check=False)
+    assert (tmp_path / "done").exists()
 
 
-def test_a_script_without_a_slot_is_refused():
-    with pytest.raises(ScriptError, match=r"^script must import Trainer, Seq2SeqTrainer or SFTTra"):
-        with_loss(ast.parse("print('hello')"), loss="rlo")
+def test_a_launcher_that_trains_in_a_process_of_its_own_is_reached(tmp_path):
+    inner = tmp_path / "inner.py"
+    inner.write_text(
+        f"import transformers\n{textwrap.dedent(SETUP)}{textwrap.dedent(ARGUMENTS)}"
+        "model = transformers.LlamaForCausalLM(config)\n"
+        "trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)\n"
+        "trainer.train()\n"
+        "pathlib.Path(sys.argv[2]).write_text(trainer.loss_objective.name)\n"
+    )
+    path = script(
+        tmp_path,
+        "import subprocess, sys\n"
+        f"subprocess.run([sys.executable, {str(inner)!r}, *sys.argv[1:]], check=True)\n",
+    )
+    run_with_loss(str(path), [str(tmp_path / "out"), str(tmp_path / "name")], "rlo:k=4")
+    assert (tmp_path / "name").read_text() == "rlo:k=4"
+    assert "RLO_HF_LOSS" not in os.environ
+
+
+def test_a_run_that_trains_nothing_is_refused(tmp_path):
+    path = script(tmp_path, "print('hello')\n")
+    with pytest.raises(
+        RLOError, match=r"train.py has trained nothing on rlo: no Trainer of transf"
+    ):
+        run_with_loss(str(path), [], "rlo")
+
+
+def test_a_trainer_with_an_objective_of_its_own_is_refused(tmp_path):
+    trl = pytest.importorskip("trl")
+    trainer = object.__new__(trl.DPOTrainer)
+    with pytest.raises(
+        RLOError, match=r"^DPOTrainer has an objective of its own and takes no loss"
+    ):
+        adopt(trainer, "rlo")
 
 
 def test_a_wrong_spec_is_said_before_the_script_runs(tmp_path):
@@ -117,16 +183,27 @@ def test_the_loss_is_taken_out_of_the_arguments(words, loss, rest):
 def test_the_command_gives_the_script_its_own_options(tmp_path):
     path = script(
         tmp_path,
-        "import sys\nfrom transformers import Trainer\n"
-        "print(sys.argv[1:], vars(Trainer)['__init__'].keywords['loss'])\n",
+        "import json, os, sys\n"
+        "print(sys.argv[1:], json.loads(os.environ['RLO_HF_LOSS'])['loss'])\n",
     )
     result = CliRunner().invoke(main, ["run", str(path), "--help", "--loss", "ce", "--k", "1"])
-    assert result.exit_code == 0, result.output
-    assert result.output == "['--help', '--k', '1'] ce\n"
+    assert "['--help', '--k', '1'] ce\n" in result.output
+    assert result.exit_code == 1  # it trains nothing
     result = CliRunner().invoke(main, ["run", str(tmp_path / "no.py")])
     assert result.exit_code == 1
     assert "script must be a file" in result.output
 
 
-def test_transformers_itself_is_left_alone():
-    assert transformers.Trainer.__module__ == "transformers.trainer"
+def test_transformers_itself_is_left_alone(tmp_path):
+    before = {name: vars(transformers.Trainer)[name] for name in ("train", "evaluate", "predict")}
+    with pytest.raises(RLOError):
+        run_with_loss(str(script(tmp_path, "1\n")), [], "rlo")
+    assert before == {name: vars(transformers.Trainer)[name] for name in before}
+
+
+def test_a_module_is_run_as_python_does(tmp_path, monkeypatch):
+    (tmp_path / "a_module_to_run.py").write_text("import sys\nprint(__name__, sys.argv[1:])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["run", "-m", "a_module_to_run", "--x", "--loss", "ce"]
+    result = CliRunner().invoke(main, words)
+    assert "__main__ ['--x']\n" in result.output

@@ -43,22 +43,33 @@ def main() -> None:
 @click.argument("script", type=click.Path())
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(script: str, arguments: tuple[str, ...]) -> None:
-    """Run a training script unchanged, with a rooted loss.
+    """Run a training script, module or launcher unchanged, with a rooted loss.
 
-    `rlo-hf run run_clm.py ARGS... --loss SPEC` runs SCRIPT as `python SCRIPT ARGS...` does, its
-    Trainer (or, without one, its models) given the loss. Also --loss=SPEC; without it the script
-    runs as it is. --help goes to the script.
+    `rlo-hf run run_clm.py ARGS... --loss SPEC` runs SCRIPT as `python SCRIPT ARGS...` does. Every
+    Trainer of the run, in whatever file or process it is made, is given the loss (without any, the
+    models of the script are). SCRIPT may be a launcher (`trl`, `llamafactory-cli`, `swift`,
+    `axolotl`), and `-m MODULE` runs a module. Also --loss=SPEC; without it the script runs as it
+    is. --no-check leaves out the check of the first batch. --help goes to the script.
     """
+    module = script == "-m"
+    if module:
+        if not arguments:
+            raise click.UsageError("-m needs the name of a module")
+        script, arguments = arguments[0], arguments[1:]
     loss, rest = split_loss(arguments)
-    if loss is None:
+    if loss is None and not module:
         from rlo_core.launch import run_script
 
         click.echo(f"no --loss SPEC given: {script} runs with its own loss", err=True)
         run_script(script, rest)
         return
+    if loss is None:
+        raise click.UsageError("-m MODULE needs --loss SPEC")
     from rlo_hf.script import run_with_loss
 
-    run_with_loss(script, rest, loss)
+    check = "--no-check" not in rest
+    rest = [word for word in rest if word != "--no-check"]
+    run_with_loss(script, rest, loss, module=module, check=check)
 
 
 def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:

@@ -6,17 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlo_core.errors import RLOError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from rlo_hf.objective import Objective
-from rlo_hf.tasks import Task, base_of, is_multi_label, shifted
+from rlo_hf.tasks import Task, config_of, is_multi_label, shifted
 
 logger = logging.get_logger(__name__)
 
 
 def aligned(
-    inputs: Mapping[str, Any], name: str, task: Task, objective: Objective, config: Any
+    inputs: Mapping[str, Any],
+    name: str,
+    task: Task,
+    objective: Objective,
+    config: Any,
+    *,
+    prompted: bool = False,
 ) -> Tensor:
     """Return the labels of a batch in the places of the predictions, int64 with -100 ignored.
 
@@ -26,6 +32,8 @@ def aligned(
         task: Of the model. Causal labels are shifted, unless the batch has `shift_labels`.
         objective: The loss, for the label that it ignores.
         config: Of the model. Multi-label targets come back as floats, not shifted.
+        prompted: Virtual prompt tokens stand in front of the row; the last of them predicts the
+            first label, so that causal labels come back one longer.
 
     Raises:
         RLOError: floating labels for a task that has classes.
@@ -41,6 +49,8 @@ def aligned(
             "problem_type='multi_label_classification' in the model's config for multi-label"
         )
     labels = objective.canonical(labels)
+    if task == "causal" and prompted:
+        return nn.functional.pad(labels, (0, 1), value=-100)
     return shifted(labels) if task == "causal" else labels
 
 
@@ -81,16 +91,35 @@ def router_loss(base: Any, outputs: Any) -> Tensor | float:
     auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     if not isinstance(auxiliary, Tensor):
         return 0.0
-    weight = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    config = getattr(base, "config", None)
+    if config is None:
+        return 0.0
+    weight = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
     return auxiliary * weight
 
 
 def smoothing_of(host: Any) -> float:
     """Return the label smoothing that a Trainer's arguments ask for, in [0, 1]."""
     factor = float(host.args.label_smoothing_factor)
-    problem = getattr(base_of(host.model).config, "problem_type", None)
+    problem = getattr(config_of(host.model), "problem_type", None)
     # transformers has warned that it does not apply there.
     return 0.0 if problem == "multi_label_classification" else factor
+
+
+_LOWER_IS_BETTER = ("ce", "perplexity", "objective")
+
+
+def smaller_is_better(host: Any) -> None:
+    """Let a best checkpoint by `eval_ce`, `eval_perplexity` or `eval_objective` be the smallest.
+
+    transformers takes every metric whose name does not end in "loss" for one to be maximised.
+    """
+    metric = host.args.metric_for_best_model
+    if metric is None or not host.args.greater_is_better:
+        return
+    if metric in _LOWER_IS_BETTER or metric.endswith(tuple(f"_{m}" for m in _LOWER_IS_BETTER)):
+        host.args.greater_is_better = False
+        logger.warning(f"metric_for_best_model={metric!r}: the smallest is the best")
 
 
 def refuse_second_slot(compute_loss_func: Any) -> None:

@@ -40,6 +40,16 @@ class Head:
     softcap: float | None = None
 
 
+@torch.no_grad()
+def logits_of(head: Head, hidden: Tensor) -> Tensor:
+    """Return what the model makes of the hidden states, in the layer's own dtype."""
+    states, weight, bias = autocast_pair(hidden * head.scale, head.linear)
+    logits = nn.functional.linear(states, weight, bias)
+    if head.softcap is None:
+        return logits
+    return (logits.float() / head.softcap).tanh() * head.softcap
+
+
 @contextmanager
 def replaced(linear: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `linear(hidden)` be `forward(hidden)` inside the block."""

@@ -6,6 +6,7 @@ and what the model returns in the place of its logits is one number wide.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -34,6 +35,8 @@ class LinearPath:
     Attributes:
         name: "fused" or "logits (REASON)"; empty until it is decided.
         total: The loss summed over the labels of the last fused call; None on the other path.
+        seen: With `keep`, the head and the hidden states of the last fused call.
+        keep: Whether to keep them, for the check of the first batch.
 
     Raises:
         ValueError: `wanted` is none of the three.
@@ -45,10 +48,13 @@ class LinearPath:
         self.wanted, self.objective, self.task = wanted, objective, task
         self.name = ""
         self.total: Tensor | None = None
+        self.keep = False
+        self.seen: tuple[Head, Tensor] | None = None
         self._head: Head | None = None
+        self._base: weakref.ref[nn.Module] | None = None
 
     def decide(self, base: nn.Module, host: Any) -> None:
-        """Choose the path for a model, once.
+        """Choose the path for a model, once for each model (`model_init` makes new ones).
 
         Args:
             base: The transformers model, without wrappers.
@@ -57,8 +63,9 @@ class LinearPath:
         Raises:
             RLOError: "fused" is asked for and not possible; the message has the reason.
         """
-        if self.name:
+        if self._base is not None and self._base() is base:
             return
+        self._base, self._head = weakref.ref(base), None
         reason = self._reason_against(host)
         if reason is None:
             try:
@@ -101,6 +108,7 @@ class LinearPath:
 
         def forward(hidden: Tensor) -> Tensor:
             self.total = self._total(head, hidden, target)
+            self.seen = (head, hidden.detach()) if self.keep else None
             # In the place of the logits: DDP finds the parameters that were used through the
             # outputs.
             return self.total.expand(*hidden.shape[:2], 1).clone()

@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from rlo_hf.evaluation import EvalLoss
 from rlo_hf.objective import Loss, Objective
+from rlo_hf.self_check import compare_once, reference_total, watch_outputs
 from rlo_hf.tasks import Task, base_of, is_multi_label, shifted, task_of
 
 
@@ -27,6 +28,19 @@ class ModelLoss:
     def __init__(self, base: nn.Module, objective: Objective, task: Task, eval_loss: EvalLoss):
         self.base, self.objective, self.task = base, objective, task
         self.cross_entropy = Objective("ce") if eval_loss == "ce" else None
+        self.pending = False
+        self.asked = False
+
+    def _check(self, total: Tensor, scores: Tensor, target: Tensor) -> None:
+        """Compare the first training batch with the formula, and note that its loss is used."""
+        self.pending = False
+        expected = reference_total(self.objective, scores, target)
+        compare_once(self.objective.name, total, expected)
+
+        def used(grad: Tensor) -> None:
+            self.asked = True
+
+        total.register_hook(used)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -60,6 +74,8 @@ class ModelLoss:
             if self.task == "causal" and shift_labels is None:
                 target = shifted(target)
             total = objective.total(scores.reshape(-1, scores.shape[-1]), target.reshape(-1))
+        if self.pending and self.base.training and total.requires_grad:
+            self._check(total, scores, target)
         count = num_items_in_batch
         if count is None:
             count = objective.count(target).clamp(min=1)
@@ -68,7 +84,9 @@ class ModelLoss:
         return total / count
 
 
-def set_loss(model: nn.Module, loss: Loss, *, eval_loss: EvalLoss = "objective") -> nn.Module:
+def set_loss(
+    model: nn.Module, loss: Loss, *, eval_loss: EvalLoss = "objective", check: bool = True
+) -> nn.Module:
     """Make `model(..., labels=labels).loss` a rooted loss, in any loop.
 
     Works on the transformers model inside PEFT and parallel wrappers, on that instance only. Give
@@ -79,6 +97,8 @@ def set_loss(model: nn.Module, loss: Loss, *, eval_loss: EvalLoss = "objective")
         loss: A spec, a criterion, its class or a callable; see `rlo_hf.objective.Objective`.
         eval_loss: What `.loss` is while the model is in evaluation mode: the "objective", or "ce"
             for loops that take exp of it for perplexity.
+        check: As `rlo_hf.Trainer`: at the first training batch the loss is computed once more, and
+            the gradient that reaches the logits must come from it.
 
     Returns:
         The same `model`.
@@ -100,8 +120,12 @@ def set_loss(model: nn.Module, loss: Loss, *, eval_loss: EvalLoss = "objective")
         # GPT-2 and others whose class name has no entry: the Trainer then counts a label too many
         # per row. Only what it looks up for counting is set here, on this instance.
         base.loss_type = "ForCausalLM"
-    base.loss_function = ModelLoss(base, Objective(loss), task, eval_loss)
+    slot = ModelLoss(base, Objective(loss), task, eval_loss)
+    base.loss_function = slot
     _guard(base)
+    if check:
+        slot.pending = True
+        watch_outputs(base, slot.objective.name, lambda module: module.loss_function.asked)
     return model
 
 

@@ -45,6 +45,7 @@ class Objective:
     def __init__(self, loss: Loss, *, label_smoothing: float = 0.0) -> None:
         self.name = str(loss) if isinstance(loss, (str, LossSpec)) else _name_of(loss)
         self.criterion = _criterion(loss, label_smoothing)
+        _refuse_foreign(self.criterion, self.name)
         own = getattr(self.criterion, "label_smoothing", 0.0)
         if own and label_smoothing and own != label_smoothing:
             raise SpecError(
@@ -164,6 +165,21 @@ class Objective:
         count = self.count(target).double().cpu()
         kept = (target != IGNORE_INDEX).sum().double().cpu()
         return torch.stack([sums[0], count, sums[1], kept]).float().to(logits.device)
+
+
+_CLASSIFIERS = ("CrossEntropyLoss", "MultiMarginLoss", "cross_entropy", "multi_margin_loss")
+
+
+def _refuse_foreign(criterion: Any, name: str) -> None:
+    """Raise SpecError for torch's own losses that do not take logits and class labels."""
+    kind = type(criterion) if isinstance(criterion, nn.Module) else criterion
+    module, own = getattr(kind, "__module__", ""), getattr(kind, "__name__", "")
+    torchs = module in ("torch.nn.modules.loss", "torch.nn.functional")
+    if torchs and own not in _CLASSIFIERS:
+        raise SpecError(
+            f"loss must take logits (N, C) and class labels (N), and torch's {own} does not; "
+            "of torch's losses CrossEntropyLoss and MultiMarginLoss do"
+        )
 
 
 def _name_of(loss: object) -> str:

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from rlo_hf.objective import Loss, Objective
+from rlo_hf.self_check import compare_once, reference_total, watch_outputs
 from rlo_hf.tasks import Task, base_of, is_multi_label, shifted, task_of
 
 LossFunc = Callable[..., Tensor]
 
 
-def loss_func(loss: Loss = "rlo", *, model: nn.Module | None = None) -> LossFunc:
+def loss_func(
+    loss: Loss = "rlo", *, model: nn.Module | None = None, check: bool = True
+) -> LossFunc:
     """Return a `compute_loss_func` for transformers' own Trainer.
 
     The slot is given outputs, labels and a count, and no model: `Trainer` and `Seq2SeqTrainer` of
@@ -27,7 +30,9 @@ def loss_func(loss: Loss = "rlo", *, model: nn.Module | None = None) -> LossFunc
         loss: A spec, a criterion, its class or a callable.
         model: The model that will be trained, where its class cannot be told from its outputs.
             Needed for GPT-2 and its like with gradient accumulation, whose labels the Trainer
-            counts one too many per row; it has to be given before the Trainer is made.
+            counts one too many per row; it has to be given before the Trainer is made. With it, a
+            training step that passes the function by is found too.
+        check: As `rlo_hf.Trainer`: the first batch is computed once more and compared.
 
     Returns:
         `f(outputs, labels, num_items_in_batch=None) -> loss`.
@@ -49,7 +54,18 @@ def loss_func(loss: Loss = "rlo", *, model: nn.Module | None = None) -> LossFunc
         if task == "causal" and LOSS_MAPPING.get(base.loss_type or "") is not ForCausalLMLoss:
             base.loss_type = "ForCausalLM"  # what the Trainer looks up to count shifted labels
 
+    pending = check
+    asked = False
+
+    def seen() -> None:
+        nonlocal asked
+        asked = True
+
+    if check and model is not None:
+        watch_outputs(base_of(model), objective.name, lambda module: asked)
+
     def compute(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        nonlocal pending
         if labels is None:
             raise RLOError("the batch has no 'labels'")
         kind = task or _task_of_outputs(outputs)
@@ -69,6 +85,11 @@ def loss_func(loss: Loss = "rlo", *, model: nn.Module | None = None) -> LossFunc
             if kind == "causal":
                 target = shifted(target)
             total = objective.total(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))
+        if total.requires_grad and check:
+            if pending:
+                pending = False
+                compare_once(objective.name, total, reference_total(objective, logits, target))
+            total.register_hook(lambda grad: seen())  # type: ignore[no-untyped-call]
         count = objective.count(target)
         if num_items_in_batch is None:
             return total / count.clamp(min=1)

@@ -10,8 +10,8 @@ from torch import nn
 from rlo_hf.trainer import RootedLossMixin
 
 
-class Seq2SeqTrainer(RootedLossMixin, transformers.Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer with the loss as an argument; see `rlo_hf.trainer.Trainer`."""
+class RootedSeq2SeqMixin(RootedLossMixin):
+    """The slot, for any subclass of transformers' Seq2SeqTrainer."""
 
     def prediction_step(
         self,
@@ -35,3 +35,7 @@ class Seq2SeqTrainer(RootedLossMixin, transformers.Seq2SeqTrainer):
         return super().prediction_step(
             cast("nn.Module", observed), inputs, prediction_loss_only, ignore_keys, **gen_kwargs
         )
+
+
+class Seq2SeqTrainer(RootedSeq2SeqMixin, transformers.Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer with the loss as an argument; see `rlo_hf.trainer.Trainer`."""

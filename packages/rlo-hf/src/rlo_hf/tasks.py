@@ -40,6 +40,9 @@ _BY_SUFFIX: tuple[tuple[str, Task], ...] = (
 )
 
 
+_PREPENDING = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """Return the transformers model inside DDP, FSDP, compile and PEFT wrappers."""
     inner: Any = unwrap_model(model)
@@ -116,6 +119,23 @@ def is_multi_label(config: Any, labels: Tensor) -> bool:
     if problem is not None:
         return bool(problem == "multi_label_classification")
     return labels.is_floating_point()
+
+
+def config_of(model: Any) -> Any:
+    """Return the configuration of the model inside wrappers, None where it has none."""
+    return getattr(base_of(model), "config", None)
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many prompt tokens PEFT puts in front of every row of a model's logits."""
+    inner = unwrap_model(model)
+    inner = getattr(inner, "_orig_mod", inner)
+    active = getattr(inner, "active_peft_config", None)
+    if active is None or not getattr(active, "is_prompt_learning", False):
+        return 0
+    if str(getattr(active.peft_type, "value", active.peft_type)) not in _PREPENDING:
+        return 0  # prefix tuning adds keys and values, no positions
+    return int(active.num_virtual_tokens)
 
 
 def shifted(labels: Tensor) -> Tensor:

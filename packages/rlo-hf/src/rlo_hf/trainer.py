@@ -22,13 +22,16 @@ from rlo_hf.conventions import (
     refuse_hosts,
     refuse_second_slot,
     router_loss,
+    smaller_is_better,
     smoothing_of,
 )
 from rlo_hf.evaluation import EvalLoss, EvalSums, ExactEvaluation
+from rlo_hf.head import logits_of
 from rlo_hf.linear_path import Linear, LinearPath
 from rlo_hf.objective import Loss, Objective
 from rlo_hf.schedule import ScheduleCallback
-from rlo_hf.tasks import Task, base_of, task_of
+from rlo_hf.self_check import FirstStep, SelfCheck, overrides, reference_total
+from rlo_hf.tasks import Task, base_of, config_of, task_of, virtual_tokens
 
 
 class RootedLossMixin(ExactEvaluation):
@@ -37,7 +40,9 @@ class RootedLossMixin(ExactEvaluation):
     loss_objective: Objective
     task: Task
     _path: LinearPath
+    _check: SelfCheck
     _targets: Tensor | None
+    _trusted: bool
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class RootedLossMixin(ExactEvaluation):
         task: Task | None = None,
         linear: Linear = "auto",
         eval_loss: EvalLoss = "objective",
+        check: bool = True,
     ) -> None:
         refuse_second_slot(compute_loss_func)
         more: dict[str, Any] = {}
@@ -78,7 +84,20 @@ class RootedLossMixin(ExactEvaluation):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             **more,
         )
+        self.open_slot(loss, task=task, linear=linear, eval_loss=eval_loss, check=check)
+
+    def open_slot(
+        self,
+        loss: Loss,
+        *,
+        task: Task | None = None,
+        linear: Linear = "auto",
+        eval_loss: EvalLoss = "objective",
+        check: bool = True,
+    ) -> None:
+        """Put the loss in a Trainer that is made; arguments as `Trainer`."""
         host = self._host
+        refuse_second_slot(host.compute_loss_func)
         refuse_hosts(host)
         self.loss_objective = Objective(loss, label_smoothing=smoothing_of(host))
         if isinstance(self.loss_objective.criterion, nn.Module):
@@ -91,11 +110,16 @@ class RootedLossMixin(ExactEvaluation):
         self._path = LinearPath(linear, self.loss_objective, self.task)
         self._eval_sums = EvalSums(eval_loss)
         self._targets = None
+        self._check = SelfCheck(self.loss_objective, on=check)
+        # A step of others below ours may not come to our slot: not without logits before the check.
+        self._trusted = not overrides(type(self), after=RootedLossMixin)
+        smaller_is_better(host)
         # Not None: the Trainer then counts labels and leaves gradient accumulation to the loss.
         host.compute_loss_func = self._slot
         # The labels that `_get_num_items_in_batch` hands on are shifted already.
         host._loss_shifts_labels = False
         host.add_callback(ScheduleCallback(self.loss_objective))
+        host.add_callback(FirstStep(host, self._check))
 
     @property
     def linear_path(self) -> str:
@@ -104,8 +128,14 @@ class RootedLossMixin(ExactEvaluation):
 
     def _aligned(self, inputs: Mapping[str, Any]) -> Tensor:
         host = self._host
-        config = base_of(host.model).config
-        return aligned(inputs, host.label_names[0], self.task, self.loss_objective, config)
+        return aligned(
+            inputs,
+            host.label_names[0],
+            self.task,
+            self.loss_objective,
+            config_of(host.model),
+            prompted=virtual_tokens(host.model) > 0,
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count what the loss of an update is divided by, over its batches and processes."""
@@ -120,6 +150,49 @@ class RootedLossMixin(ExactEvaluation):
         if host.args.average_tokens_across_devices and host.args.world_size > 1:
             total = host.accelerator.gather(total).sum()
         return total
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Do the Trainer's step; at the first batch, check the loss that it propagates."""
+
+        def step() -> Tensor:
+            return super(RootedLossMixin, self).training_step(  # type: ignore[misc, no-any-return]
+                model, inputs, num_items_in_batch
+            )
+
+        if not self._check.pending:
+            return step()
+        name = self._host.label_names[0]
+        target = self._aligned(inputs) if inputs.get(name) is not None else None
+
+        def expected(logits: Tensor) -> Tensor | None:
+            if target is None:
+                return None
+            try:
+                scores = matched(logits, target, self.task)
+            except RLOError:
+                return None
+            total = reference_total(self.loss_objective, scores, target.to(scores.device))
+            count = self.loss_objective.count(target)
+            if num_items_in_batch is not None:
+                count = torch.as_tensor(num_items_in_batch)
+            return total / count.to(total.device).clamp(min=1) * self._processes(num_items_in_batch)
+
+        with self._check.watching(self._host, base_of(model), expected):
+            loss = step()
+        self._trusted = True
+        return loss
+
+    def _processes(self, num_items_in_batch: Any) -> int:
+        """What the Trainer multiplies a loss by that is divided by the labels of all processes."""
+        host = self._host
+        if num_items_in_batch is None or not host.args.average_tokens_across_devices:
+            return 1
+        return int(host.accelerator.num_processes // host.get_tp_size())
 
     def compute_loss(
         self,
@@ -141,9 +214,11 @@ class RootedLossMixin(ExactEvaluation):
             inputs["labels"] = inputs.pop(name)
         if self.task == "seq2seq":
             add_decoder_inputs(base, inputs)
-        fused = model.training and not return_outputs
+        checked = model.training and self._check.pending
+        fused = model.training and not return_outputs and self._trusted
         if fused:
             self._path.decide(base, self._host)
+            self._path.keep = checked
         with self._path.taken(self._targets) if fused else nullcontext():
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -151,11 +226,36 @@ class RootedLossMixin(ExactEvaluation):
         if model.training:
             counted = num_items_in_batch is not None
             steps = self._host.current_gradient_accumulation_steps if counted else 1
-            loss = loss + router_loss(base, outputs) / steps
-        elif not isinstance(outputs, Mapping):
+            router = router_loss(base, outputs) / steps
+            if checked and isinstance(outputs, (Mapping, tuple)):
+                self._expect(outputs, num_items_in_batch, router)
+            loss = loss + router
+        elif isinstance(outputs, tuple):
             outputs = (loss, *outputs)  # prediction_step takes the first of a tuple for the loss
-        self._targets = self._path.total = None
+        self._targets = self._path.total = self._path.seen = None
         return (loss, outputs) if return_outputs else loss
+
+    def _expect(self, outputs: Any, num_items_in_batch: Any, router: Tensor | float) -> None:
+        """Tell the check what the loss should be, by the formula and from the same outputs."""
+        target = self._targets
+        assert target is not None
+        if self._path.seen is not None:
+            head, hidden = self._path.seen
+            rows, labels = matched(hidden, target, self.task).flatten(0, -2), target.flatten()
+            labels = labels.to(rows.device)
+            total = torch.zeros((), dtype=torch.float64, device=rows.device)
+            for start in range(0, len(labels), 256):
+                part = logits_of(head, rows[start : start + 256])
+                total += reference_total(self.loss_objective, part, labels[start : start + 256])
+        else:
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            logits = matched(logits, target, self.task)
+            total = reference_total(self.loss_objective, logits, target.to(logits.device))
+        count = num_items_in_batch
+        if count is None:
+            count = self.loss_objective.count(target)
+        total = total * self._processes(num_items_in_batch)
+        self._check.expect(total, count, torch.as_tensor(router).detach())
 
     def _slot(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """What the Trainer calls as `compute_loss_func`: the sum over labels by their count."""
@@ -198,6 +298,9 @@ class Trainer(RootedLossMixin, transformers.Trainer):
             `trainer.linear_path` says which path runs, and why.
         eval_loss: Whether `eval_loss` is the "objective" or "ce"; both are reported under their own
             names in either case.
+        check: Whether the first training batch is checked: the loss that is propagated must be the
+            objective of its outputs, else the run stops with the file and line of what is in its
+            place.
 
     Raises:
         RLOError: question answering, regression, `nn.DataParallel`, DeepSpeed sequence parallelism,

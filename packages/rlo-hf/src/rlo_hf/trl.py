@@ -17,19 +17,98 @@ from rlo_core.links import Link
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as HostTrainer
 
-from rlo_hf.conventions import refuse_second_slot, refuse_sequence_parallel
+from rlo_hf.conventions import (
+    refuse_second_slot,
+    refuse_sequence_parallel,
+    smaller_is_better,
+)
 from rlo_hf.evaluation import EvalSums, ExactEvaluation
 from rlo_hf.objective import Loss, Objective
 from rlo_hf.schedule import ScheduleCallback
+from rlo_hf.self_check import FirstStep, SelfCheck
+from rlo_hf.tasks import base_of
 
 
-class SFTTrainer(ExactEvaluation, HostTrainer):
+class RootedSFTMixin(ExactEvaluation):
+    """The slot, for any subclass of TRL's SFTTrainer; see `SFTTrainer`."""
+
+    loss_objective: Objective
+    _check: SelfCheck
+
+    def open_slot(self, loss: Loss, *, check: bool = True) -> None:
+        """Put the loss in an SFTTrainer that is made; arguments as `SFTTrainer`."""
+        host = self._host
+        refuse_second_slot(host.compute_loss_func)
+        _refuse(host.args)
+        refuse_sequence_parallel(host.accelerator, "use context parallelism")
+        self.loss_objective = _with_link(loss)
+        self._eval_sums = EvalSums("ce")
+        self._check = SelfCheck(self.loss_objective, on=check)
+        smaller_is_better(host)
+        host.add_callback(ScheduleCallback(self.loss_objective))
+        host.add_callback(FirstStep(host, self._check))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Do TRL's step; at the first batch, check the loss that it propagates."""
+        if not self._check.pending:
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        with self._check.watching(self._host, base_of(self._host.model), lambda logits: None):
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Do TRL's step on the linked log-probabilities."""
+
+        def linked(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            if getattr(outputs, "log_probs", None) is None:
+                return outputs
+            link = self.loss_objective.link
+            assert link is not None
+            if model.training:
+                if self._check.pending:
+                    self._expect(outputs, num_items_in_batch)
+                # Zero at ignored positions stays zero: every link is zero at zero.
+                outputs.log_probs = -apply_link(-outputs.log_probs, link)
+            else:
+                self._eval_sums.pending = _rows(-outputs.log_probs, outputs.label_mask, link)
+            return outputs
+
+        linked.training = model.training  # type: ignore[attr-defined]
+        return super().compute_loss(  # type: ignore[misc]
+            linked, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def _expect(self, outputs: Any, num_items_in_batch: Any) -> None:
+        host, link = self._host, self.loss_objective.link
+        assert link is not None
+        total = link.value(-outputs.log_probs.detach().double()).sum()
+        count, processes, extra = num_items_in_batch, 1, 0.0
+        if count is None:
+            count = outputs.label_mask.sum()
+        elif host.args.average_tokens_across_devices:
+            processes = host.accelerator.num_processes // host.get_tp_size()
+        if host.aux_loss_enabled:
+            steps = (
+                host.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            )
+            extra = host.router_aux_loss_coef * outputs.aux_loss.detach() / steps
+        self._check.expect(total * processes, count, extra)
+
+
+class SFTTrainer(RootedSFTMixin, HostTrainer):
     """TRL's SFTTrainer, trained on a rooted loss and evaluated in cross entropy.
 
     Args:
-        model: As TRL's SFTTrainer, and so all arguments but the last.
+        model: As TRL's SFTTrainer, and so all arguments but the last two.
         loss: A spec, a criterion or its class; it must have a link, since TRL has log-probabilities
             and no logits at hand.
+        check: As `rlo_hf.Trainer`.
 
     Raises:
         RLOError: a loss without a link or with class weights or smoothing; `loss_type="dft"` or
@@ -55,11 +134,11 @@ class SFTTrainer(ExactEvaluation, HostTrainer):
         formatting_func: Callable[..., Any] | None = None,
         *,
         loss: Loss = "rlo",
+        check: bool = True,
     ) -> None:
-        self.loss_objective = _with_link(loss)
+        _with_link(loss)
         refuse_second_slot(compute_loss_func)
         _refuse(args)
-        self._eval_sums = EvalSums("ce")
         super().__init__(
             model=model,
             args=args,
@@ -76,35 +155,7 @@ class SFTTrainer(ExactEvaluation, HostTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        refuse_sequence_parallel(self.accelerator, "use context parallelism")
-        self.add_callback(ScheduleCallback(self.loss_objective))
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Do TRL's step on the linked log-probabilities."""
-
-        def linked(*args: Any, **kwargs: Any) -> Any:
-            outputs = model(*args, **kwargs)
-            if getattr(outputs, "log_probs", None) is None:
-                return outputs
-            link = self.loss_objective.link
-            assert link is not None
-            if model.training:
-                # Zero at ignored positions stays zero: every link is zero at zero.
-                outputs.log_probs = -apply_link(-outputs.log_probs, link)
-            else:
-                self._eval_sums.pending = _rows(-outputs.log_probs, outputs.label_mask, link)
-            return outputs
-
-        linked.training = model.training  # type: ignore[attr-defined]
-        return super().compute_loss(  # type: ignore[no-untyped-call]
-            linked, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        self.open_slot(loss, check=check)
 
 
 def _rows(ce: Tensor, mask: Tensor, link: Link) -> Tensor:
