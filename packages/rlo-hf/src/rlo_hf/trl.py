@@ -174,7 +174,9 @@ def _with_link(loss: Loss) -> Objective:
             "must be a function of cross entropy"
         )
     if objective.weight is not None or objective.label_smoothing:
-        raise RLOError("class weights and label smoothing need logits, which TRL does not build")
+        raise RLOError(
+            "class weights and label smoothing need logits, and the trainer works on log-probabilities"
+        )
     return objective
 
 
@@ -182,4 +184,6 @@ def _refuse(args: Any) -> None:
     if getattr(args, "loss_type", "nll") == "dft":
         raise RLOError("loss_type='dft' and loss are the same slot; loss='dft' is that loss")
     if getattr(args, "label_smoothing_factor", 0.0):
-        raise RLOError("label_smoothing_factor needs logits, which TRL does not build; set it to 0")
+        raise RLOError(
+            "label_smoothing_factor needs logits, and the trainer works on log-probabilities; set it to 0"
+        )
