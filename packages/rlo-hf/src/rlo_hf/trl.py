@@ -175,7 +175,8 @@ def _with_link(loss: Loss) -> Objective:
         )
     if objective.weight is not None or objective.label_smoothing:
         raise RLOError(
-            "class weights and label smoothing need logits, and the trainer works on log-probabilities"
+            "class weights and label smoothing need logits, and the trainer works on "
+            "log-probabilities"
         )
     return objective
 
@@ -185,5 +186,6 @@ def _refuse(args: Any) -> None:
         raise RLOError("loss_type='dft' and loss are the same slot; loss='dft' is that loss")
     if getattr(args, "label_smoothing_factor", 0.0):
         raise RLOError(
-            "label_smoothing_factor needs logits, and the trainer works on log-probabilities; set it to 0"
+            "label_smoothing_factor needs logits, and the trainer works on log-probabilities; "
+            "set it to 0"
         )
