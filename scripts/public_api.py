@@ -31,6 +31,7 @@ MODULES: dict[str, dict[str, tuple[str, ...] | None]] = {
         "rlo_core.demo": ("demo_parts", "run_demo"),
         "rlo_core.errors": None,
         "rlo_core.functional": None,
+        "rlo_core.gates": None,
         "rlo_core.hosts": None,
         "rlo_core.launch": None,
         "rlo_core.linear": None,

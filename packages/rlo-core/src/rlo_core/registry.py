@@ -37,10 +37,12 @@ class LossSpec:
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
+    gates: tuple[LossSpec, ...] = ()
 
     def __str__(self) -> str:
-        inside = ",".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.name}:{inside}" if inside else self.name
+        inside = ",".join(f"{key}={value}" if key else value for key, value in self.options.items())
+        own = f"{self.name}:{inside}" if inside else self.name
+        return "*".join([own, *map(str, self.gates)])
 
     def with_options(self, **options: object) -> LossSpec:
         """Return the spec with options added; one already there with another value is an error."""
@@ -51,11 +53,11 @@ class LossSpec:
                 raise SpecError(
                     f"option {key!r} is given twice, as {merged[key]} in '{self}' and as {text}"
                 )
-        return LossSpec(self.name, merged)
+        return LossSpec(self.name, merged, self.gates)
 
 
 def parse_spec(spec: str | LossSpec) -> LossSpec:
-    """Parse `NAME[:option=value,...]`; imports nothing and does not look the name up.
+    """Parse `NAME[:option=value,...][*GATE[:option=value,...]]...`; looks no name up.
 
     Raises:
         SpecError: the string is not of that form.
@@ -64,10 +66,23 @@ def parse_spec(spec: str | LossSpec) -> LossSpec:
         return spec
     if not isinstance(spec, str):
         raise SpecError(f"loss must be a spec string such as 'rlo:k=8,m=10', got {spec!r}")
-    name, colon, rest = spec.strip().partition(":")
+    first, *gates = spec.split("*")
+    own = _parse_term(first, spec, gate=False)
+    return LossSpec(
+        own.name, own.options, tuple(_parse_term(gate, spec, gate=True) for gate in gates)
+    )
+
+
+def _parse_term(term: str, spec: str, *, gate: bool) -> LossSpec:
+    """Parse one loss or gate; the first option of a gate may come without its name."""
+    name, colon, rest = term.strip().partition(":")
     options: dict[str, str] = {}
-    for part in rest.split(",") if colon else ():
+    for number, part in enumerate(rest.split(",") if colon else ()):
         key, equals, value = (piece.strip() for piece in part.partition("="))
+        if gate and number == 0 and key and not equals:
+            key, equals, value = "", "=", key
+            options[key] = value
+            continue
         if not key or not equals or not value:
             raise SpecError(f"loss spec must be NAME or NAME:option=value,..., got {spec!r}")
         if key in options:
@@ -125,24 +140,24 @@ def _annotation(factory: Callable[..., Any], key: str) -> Any:
         return str
 
 
-def _convert(spec: LossSpec, key: str, text: str, annotation: Any) -> Value:
+def _convert(spec: LossSpec, key: str, text: str, annotation: Any, *, kind: str = "loss") -> Value:
     origin = typing.get_origin(annotation)
     types = typing.get_args(annotation) if origin in (typing.Union, UnionType) else (annotation,)
     if NoneType in types and text.lower() == "none":
         return None
     if bool in types and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        if kind in types:
+    for number in (int, float):
+        if number in types:
             try:
-                return kind(text)
+                return number(text)
             except ValueError:
                 continue
-    if str in types or not any(kind in types for kind in (bool, int, float)):
+    if str in types or not any(t in types for t in (bool, int, float)):
         return text
     wanted = " or ".join("a number" if t in (int, float) else t.__name__.lower() for t in types)
     raise SpecError(
-        f"option {key!r} of loss {spec.name!r} must be {wanted.replace('nonetype', 'none')}, "
+        f"option {key!r} of {kind} {spec.name!r} must be {wanted.replace('nonetype', 'none')}, "
         f"got {text!r}"
     )
 
@@ -169,6 +184,8 @@ def create_loss(
         PluginError: the plugin does not import, or its name is claimed twice.
     """
     spec = parse_spec(spec)
+    if spec.gates:
+        return _gated(spec, weight, ignore_index, label_smoothing, reduction)
     factory = load_factory(spec.name)
     parameters = _parameters(factory)
     options: dict[str, Any] = {}
@@ -195,6 +212,28 @@ def create_loss(
         return factory(**options)
     except (TypeError, ValueError) as error:
         raise SpecError(f"loss '{spec}': {error}") from error
+
+
+def _gated(
+    spec: LossSpec,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> nn.Module:
+    from rlo_core.gates import GatedLoss, create_gate
+
+    if weight is not None or label_smoothing:
+        given = "class weights" if weight is not None else f"label_smoothing={label_smoothing}"
+        raise SpecError(f"loss '{spec}' cannot honour {given}: it has gates")
+    gates = [create_gate(gate.name, dict(gate.options)) for gate in spec.gates]
+    criterion = create_loss(LossSpec(spec.name, spec.options), ignore_index=ignore_index)
+    return GatedLoss(
+        criterion,
+        gates,
+        ignore_index=ignore_index,
+        reduction=reduction,  # type: ignore[arg-type]
+    )
 
 
 def link_of(criterion: nn.Module) -> Link | None:

@@ -7,8 +7,10 @@ the chunk's logits are still there, and no chunk is computed twice.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +88,7 @@ def run_chunks(
     factor: Tensor | None,
     link: Link,
     o: Options,
+    observer: Callable[[Tensor, Tensor, Any], Tensor | None] | None = None,
 ) -> Sums:
     """Return per-token losses and the gradients of `sum(factor * loss)`.
 
@@ -97,9 +100,11 @@ def run_chunks(
         factor: (N), the weight of each token in the sum; None for ones.
         link: The map from cross entropy to loss.
         o: The rest.
+        observer: Is given the logits of each chunk, their targets and which rows they are, before
+            the gradient overwrites them; returns a factor for each of these rows, or None.
     """
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-        return _run(hidden, weight, bias, target, factor, link, o)
+        return _run(hidden, weight, bias, target, factor, link, o, observer)
 
 
 def _run(
@@ -110,6 +115,7 @@ def _run(
     factor: Tensor | None,
     link: Link,
     o: Options,
+    observer: Callable[[Tensor, Tensor, Any], Tensor | None] | None,
 ) -> Sums:
     tokens, width = hidden.shape
     work = working_dtype(o.compute)
@@ -146,7 +152,10 @@ def _run(
         else:
             torch.addmm(bias, h, weight.t(), out=tile)
         skip = None if ignored is None else ignored[at]
+        gate = None if observer is None else observer(tile, y, at)
         value, slope = _rows(tile, y, skip, link, o)
+        if gate is not None:
+            value, slope = value * gate, slope * gate
         s = slope if factor is None else slope * factor[at]
         if skip is not None:  # where, not times: what is in an ignored row may not be finite
             value, s = value.masked_fill(skip, 0.0), s.masked_fill(skip, 0.0)
