@@ -307,8 +307,8 @@ class GatedLoss(nn.Module):
     gates out.
 
     Args:
-        criterion: A criterion with a link and without class weights or smoothing; the gates multiply
-            its loss, and a schedule of its options goes on.
+        criterion: A criterion with a link and without class weights or smoothing; the gates
+            multiply its loss, and a schedule of its options goes on.
         gates: At least one.
         ignore_index: Index targets with this value do not count.
         reduction: "mean" (over the kept targets, as for cross entropy), "sum" or "none".
