@@ -8,12 +8,17 @@ PYPROJECTS := pyproject.toml $(PACKAGES:%=packages/%/pyproject.toml)
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("dev.txt" if sys.version_info >= (3, 11) else "dev-py310.txt")')
 EDITABLE := -e packages/rlo-core[all] -e packages/rlo-timm[all] -e packages/rlo-hf[all] -e packages/rlo-gptq[all] -e packages/rlo-stylegan
 
-.PHONY: help install demo test test-all lint format types pytest public-api lock clean
+.PHONY: help install demo test test-all quick lint format types pytest docs dist public-api lock clean
+.PHONY: test-core test-timm test-hf test-gptq test-stylegan
 
 help:
 	@echo "make demo      train, compare and quantize on data that ships with the dependencies"
 	@echo "make test      ruff, mypy --strict and the fast tests"
+	@echo "make quick     lint and the tests of what changed, under a minute"
 	@echo "make test-all  the slow tests too"
+	@echo "make test-core, test-timm, test-hf, test-gptq, test-stylegan: one package's fast tests"
+	@echo "make docs      the documentation, into build/docs; warnings are errors"
+	@echo "make dist      the five wheels in dist/, installed by name in an environment of their own"
 
 install: $(VENV)/.installed
 
@@ -31,6 +36,14 @@ test: lint types pytest
 test-all: lint types install
 	$(BIN)/python -m pytest -m "not gpu and not upstream"
 
+# Lint, and the tests that go with the files that differ from BASE (its own commits included).
+BASE ?= main
+quick: lint
+	$(BIN)/python scripts/quick.py --base $(BASE)
+
+test-core test-timm test-hf test-gptq test-stylegan: test-%: install
+	$(BIN)/python -m pytest tests/$*
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +57,19 @@ types: install
 
 pytest: install
 	$(BIN)/python -m pytest
+
+# Sphinx, MyST and furo are installed here only; every warning is an error, doctests run.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs build/doctest
+	@echo "build/docs/index.html"
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --group docs
+	@touch $@
+
+dist: install
+	$(BIN)/python scripts/dist.py
 
 # The promised names of each package, as they are now; say what goes in the CHANGELOG.
 public-api: install

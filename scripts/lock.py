@@ -21,7 +21,7 @@ def resolve(python: str) -> list[str]:
     command = [
         str(Path(sys.executable).parent / "uv"), "pip", "compile", "--quiet", "--python-version",
         python, "--python-platform", "x86_64-manylinux_2_28", "--extra", "all",
-        "--group", f"{ROOT / 'pyproject.toml'}:dev",
+        "--group", f"{ROOT / 'pyproject.toml'}:dev", "--group", f"{ROOT / 'pyproject.toml'}:docs",
         "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links",
         *requirements,
     ]  # fmt: skip

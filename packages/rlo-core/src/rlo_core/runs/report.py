@@ -1,7 +1,7 @@
 """`rlo report`: one self-contained page from any number of runs.
 
-Reads only `run.json` and `metrics.jsonl` (see `rlo_core.runs.record`). In the summary of a run a number or
-a text is a column of the table of runs, and a list of mappings is a table of its own.
+Reads only `run.json` and `metrics.jsonl` (see `rlo_core.runs.record`). In the summary of a run a
+number or a text is a column of the table of runs, and a list of mappings is a table of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rlo_core.runs.charts import colours, inline_svg, panel_chart, save_picture
-from rlo_core.runs.curves import Panel, read_panels
 from rlo_core.errors import RLOError, RunError
 from rlo_core.files import write_text
+from rlo_core.runs.charts import colours, inline_svg, panel_chart, save_picture
+from rlo_core.runs.curves import Panel, read_panels
 from rlo_core.runs.record import read_run
 
 MAX_PICTURES = 36
