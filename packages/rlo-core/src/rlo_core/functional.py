@@ -193,6 +193,9 @@ def link_binary_cross_entropy(
     return loss.sum() if reduction == "sum" else loss.mean()
 
 
+# Written by scripts/write_losses.py from rlo_core.links; change it there.
+
+
 def rooted_loss(
     logits: Tensor,
     target: Tensor,
@@ -204,26 +207,36 @@ def rooted_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Bounded rooted logistic loss, :math:`m\,(1 - p_y^{1/k})`: `rlo`, the **released** form.
+    r"""Bounded rooted logistic loss :math:`m(1-p_y^{1/k})`, slope :math:`(m/k)\,p_y^{1/k}`: `rlo`.
 
-    The authors' training and LLM code computes this one. It is bounded by m and not convex; the
-    paper's equation, to which its convexity lemmas apply, is `rooted_convex_loss`.
+    The **released** form: what the authors' training and LLM code computes. In [0, m], not convex
+    in the logits; samples that are already lost count for less. k = 1 has the gradient of dynamic
+    fine-tuning, k = inf is cross entropy. The paper's equation, to which its convexity lemmas
+    apply, is `RootedConvex`.
 
     Args:
-        logits: As `link_cross_entropy`.
-        target: As `link_cross_entropy`.
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
         k: Root, > 0; 3 in the authors' vision code, 5 for language models. inf is cross entropy.
         m: Multiplier, > 0; None means k, a slope of 1 at ce = 0. The authors set m = k.
-        weight: As `link_cross_entropy`, and so the rest.
-        ignore_index: Targets with this value do not count.
-        label_smoothing: In [0, 1].
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        A scalar, or the shape of an index target for "none".
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
 
     Raises:
-        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for k or m not positive.
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = rooted_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        0.6882
 
     Source: Wang et al., AISTATS 2025, released code (`k`, `m` there too).
     """
@@ -234,6 +247,31 @@ def rooted_loss(
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def binary_rooted_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""`rooted_loss` of each logit's own two classes.
+
+    `link_binary_cross_entropy` says what the arguments are and what is returned; the
+    options are those of `rooted_loss`.
+    """
+    return link_binary_cross_entropy(
+        logits,
+        target,
+        Rooted(k, m),
+        weight=weight,
+        pos_weight=pos_weight,
         reduction=reduction,
     )
 
@@ -249,13 +287,38 @@ def rooted_convex_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Convex rooted logistic loss, :math:`m\,(p_y^{-1/k} - 1)`: the paper's equation less m.
+    r"""Convex rooted logistic loss :math:`m(p_y^{-1/k}-1)`, slope :math:`(m/k)\,p_y^{-1/k}`.
 
-    Convex in the logits for every k > 0, unbounded, and its gradient grows with the miss: hard
-    samples, mislabelled ones too, count for more. Args, Returns and Raises as `rooted_loss`; beyond
-    ce/k = 40 it goes on as its tangent so that float32 stays finite.
+    The **paper's** equation (2) up to the constant m, and what the authors' GAN code computes.
+    Convex in the logits for every k, unbounded; hard samples, mislabelled ones too, count for
+    more. Beyond ce/k = 40 (`CONVEX_LINEAR_FROM`) it goes on as its tangent, and the value is held
+    at the largest finite number of its dtype.
 
-    Source: Wang et al., AISTATS 2025, the definition of RLO; `k=2` in the authors' GAN code.
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
+        k: Root, > 0; 2 in the authors' GAN code. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = rooted_convex_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        1.1032
+
+    Source: Wang et al., AISTATS 2025, the definition of RLO.
     """
     return link_cross_entropy(
         logits,
@@ -264,6 +327,31 @@ def rooted_convex_loss(
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def binary_rooted_convex_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: float = 3.0,
+    m: float | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""`rooted_convex_loss` of each logit's own two classes.
+
+    `link_binary_cross_entropy` says what the arguments are and what is returned; the
+    options are those of `rooted_convex_loss`.
+    """
+    return link_binary_cross_entropy(
+        logits,
+        target,
+        RootedConvex(k, m),
+        weight=weight,
+        pos_weight=pos_weight,
         reduction=reduction,
     )
 
@@ -279,9 +367,33 @@ def focal_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Focal loss, :math:`\alpha(1-p_y)^\gamma ce`; the rest as `link_cross_entropy`.
+    r"""Focal loss :math:`\alpha(1-p_y)^\gamma ce`.
 
-    Source: Lin et al., 2017; defaults of the RLO authors' baseline.
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
+        gamma: Focusing exponent, >= 0; 3 in the RLO authors' baseline.
+        alpha: Factor, > 0; 0.25 there.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = focal_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        0.095
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. (5).
     """
     return link_cross_entropy(
         logits,
@@ -304,9 +416,34 @@ def gce_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Generalised cross entropy, :math:`(1-p_y^q)/q`; the rest as `link_cross_entropy`.
+    r"""Generalised cross entropy :math:`(1-p_y^q)/q`, slope :math:`p_y^q`.
 
-    Source: Zhang and Sabuncu, 2018.
+    It is `Rooted` with k = m = 1/q.
+
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
+        q: Exponent, > 0, finite; near 0 it is cross entropy, 1 is the mean absolute error.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = gce_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        0.5532
+
+    Source: Zhang and Sabuncu, "Generalized Cross Entropy Loss", 2018, eq. (6).
     """
     return link_cross_entropy(
         logits,
@@ -328,9 +465,34 @@ def dft_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Dynamic fine-tuning, :math:`\text{sg}(p_y)\,ce`; the rest as `link_cross_entropy`.
+    r"""Dynamic fine-tuning :math:`\text{sg}(p_y)\,ce`, slope :math:`p_y`.
 
-    Source: Wu et al., 2025.
+    The probability in front is a constant to the gradient (sg): that is the definition. Its
+    gradient is that of `Rooted` with k = m = 1.
+
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = dft_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        0.2361
+
+    Source: Wu et al., "On the Generalization of SFT", 2025, eq. (9).
     """
     return link_cross_entropy(
         logits,
@@ -353,9 +515,32 @@ def poly1_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Poly-1, :math:`ce + \epsilon(1-p_y)`; the rest as `link_cross_entropy`.
+    r"""Poly-1 loss :math:`ce + \epsilon(1-p_y)`, slope :math:`1 + \epsilon p_y`.
 
-    Source: Leng et al., 2022.
+    Args:
+        logits: Floating, (C), (N, C) or (N, C, d1, ..., dK).
+        target: Class indices or class probabilities, as `link_cross_entropy` takes them.
+        eps: Weight of the first polynomial term, >= -1.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the shape of an index target; float32 for half
+        precision.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `link_cross_entropy`, and for an option that
+            is not in its range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+        >>> loss = poly1_loss(logits, torch.tensor([0, 2]))
+        >>> round(loss.item(), 4)
+        1.3328
+
+    Source: Leng et al., "PolyLoss", 2022, eq. (6).
     """
     return link_cross_entropy(
         logits,
@@ -364,42 +549,5 @@ def poly1_loss(
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
-
-
-def binary_rooted_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    k: float = 3.0,
-    m: float | None = None,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    r"""Bounded rooted loss of each logit, :math:`m(1-\sigma(\pm x)^{1/k})`."""
-    return link_binary_cross_entropy(
-        logits, target, Rooted(k, m), weight=weight, pos_weight=pos_weight, reduction=reduction
-    )
-
-
-def binary_rooted_convex_loss(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    k: float = 3.0,
-    m: float | None = None,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    r"""Convex rooted loss of each logit, :math:`m((1+e^{\mp x})^{1/k}-1)`."""
-    return link_binary_cross_entropy(
-        logits,
-        target,
-        RootedConvex(k, m),
-        weight=weight,
-        pos_weight=pos_weight,
         reduction=reduction,
     )

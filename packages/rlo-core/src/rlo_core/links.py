@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,30 @@ class Link(ABC):
 
     Subclass it with `value` and `slope` to get every door of the suite: all reductions, soft
     targets, binary and fused linear losses.
+
+    A link of this package names itself too, and gets its function, its criterion and its place in
+    the registry from that: `scripts/write_losses.py` writes them.
+
+    Attributes:
+        spec: The name in a spec string, "" for a link that has none.
+        function: The name of its function in `rlo_core.functional`.
+        criterion: The name of its class in `rlo_core.modules`.
+        formula: The loss in plain text, as `rlo losses` prints it.
     """
+
+    spec: ClassVar[str] = ""
+    function: ClassVar[str] = ""
+    criterion: ClassVar[str] = ""
+    formula: ClassVar[str] = "link(ce)"
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the options as at most two numbers, for an operator that takes no objects."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_numbers(cls, *numbers: float) -> Link:
+        """Return the link that has these `numbers`."""
+        return cls(*numbers)
 
     @abstractmethod
     def value(self, ce: Tensor) -> Tensor:
@@ -56,7 +80,14 @@ def _finite(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class CE(Link):
-    r"""Cross entropy itself: value :math:`ce`, slope 1."""
+    r"""Cross entropy itself: value :math:`ce = -\log p_y`, slope 1.
+
+    It is `torch.nn.functional.cross_entropy` under the interface of the family.
+    """
+
+    spec = "ce"
+    criterion = "CELoss"
+    formula = "ce = -log p"
 
     def value(self, ce: Tensor) -> Tensor:
         return ce
@@ -94,16 +125,35 @@ class _Root(Link):
         """The m in force: k where m was left out."""
         return self.k if self.m is None else self.m
 
+    def numbers(self) -> tuple[float, ...]:
+        return self.k, self.multiplier
+
+    @classmethod
+    def from_numbers(cls, *numbers: float) -> Link:
+        k, m = numbers
+        return cls(k, None if m == k else m)
+
 
 @dataclass(frozen=True)
 class Rooted(_Root):
-    r"""Bounded rooted link :math:`m(1 - e^{-ce/k}) = m(1 - p_y^{1/k})`.
+    r"""Bounded rooted logistic loss :math:`m(1-p_y^{1/k})`, slope :math:`(m/k)\,p_y^{1/k}`: `rlo`.
 
-    Its slope is :math:`(m/k)e^{-ce/k}`.
-    What the authors' released training and LLM code computes. In [0, m], not convex in the logits;
-    samples that are already lost count for less. k=1 has the gradient of DFT, k=inf is cross
-    entropy.
+    The **released** form: what the authors' training and LLM code computes. In [0, m], not convex
+    in the logits; samples that are already lost count for less. k = 1 has the gradient of dynamic
+    fine-tuning, k = inf is cross entropy. The paper's equation, to which its convexity lemmas
+    apply, is `RootedConvex`.
+
+    Args:
+        k: Root, > 0; 3 in the authors' vision code, 5 for language models. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0. The authors set m = k.
+
+    Source: Wang et al., AISTATS 2025, released code (`k`, `m` there too).
     """
+
+    spec = "rlo"
+    function = "rooted_loss"
+    criterion = "RootedLoss"
+    formula = "m (1 - p^(1/k))"
 
     def value(self, ce: Tensor) -> Tensor:
         if self.k == math.inf:  # not isinf: under torch.compile k is symbolic
@@ -117,13 +167,24 @@ class Rooted(_Root):
 
 @dataclass(frozen=True)
 class RootedConvex(_Root):
-    r"""Convex rooted link :math:`m(e^{ce/k} - 1) = m(p_y^{-1/k} - 1)`, slope :math:`(m/k)e^{ce/k}`.
+    r"""Convex rooted logistic loss :math:`m(p_y^{-1/k}-1)`, slope :math:`(m/k)\,p_y^{-1/k}`.
 
-    The paper's equation (2) up to the constant m, and what the authors' GAN code computes. Convex
-    in the logits for every k; hard samples count for more. Beyond ce/k = 40
-    (`CONVEX_LINEAR_FROM`) it goes on as its tangent, and the value is held at the largest finite
-    number of its dtype.
+    The **paper's** equation (2) up to the constant m, and what the authors' GAN code computes.
+    Convex in the logits for every k, unbounded; hard samples, mislabelled ones too, count for
+    more. Beyond ce/k = 40 (`CONVEX_LINEAR_FROM`) it goes on as its tangent, and the value is held
+    at the largest finite number of its dtype.
+
+    Args:
+        k: Root, > 0; 2 in the authors' GAN code. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0.
+
+    Source: Wang et al., AISTATS 2025, the definition of RLO.
     """
+
+    spec = "rlo-convex"
+    function = "rooted_convex_loss"
+    criterion = "RootedConvexLoss"
+    formula = "m (p^(-1/k) - 1)"
 
     def value(self, ce: Tensor) -> Tensor:
         if self.k == math.inf:  # not isinf: under torch.compile k is symbolic
@@ -140,13 +201,19 @@ class RootedConvex(_Root):
 
 @dataclass(frozen=True)
 class Focal(Link):
-    r"""Focal link :math:`\alpha(1-p_y)^\gamma ce`.
+    r"""Focal loss :math:`\alpha(1-p_y)^\gamma ce`.
 
-    The defaults, alpha = 0.25 and gamma = 3, are those of the RLO authors' baseline.
+    Args:
+        gamma: Focusing exponent, >= 0; 3 in the RLO authors' baseline.
+        alpha: Factor, > 0; 0.25 there.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", 2017, eq. (5).
     """
 
+    spec = "focal"
+    function = "focal_loss"
+    criterion = "FocalLoss"
+    formula = "alpha (1 - p)^gamma ce"
     gamma: float = 3.0
     alpha: float = 0.25
 
@@ -174,9 +241,16 @@ class GCE(Link):
 
     It is `Rooted` with k = m = 1/q.
 
+    Args:
+        q: Exponent, > 0, finite; near 0 it is cross entropy, 1 is the mean absolute error.
+
     Source: Zhang and Sabuncu, "Generalized Cross Entropy Loss", 2018, eq. (6).
     """
 
+    spec = "gce"
+    function = "gce_loss"
+    criterion = "GCELoss"
+    formula = "(1 - p^q) / q"
     q: float = 0.7
 
     def __post_init__(self) -> None:
@@ -192,13 +266,18 @@ class GCE(Link):
 
 @dataclass(frozen=True)
 class DFT(Link):
-    r"""Dynamic fine-tuning: value :math:`p_y\,ce`, slope :math:`p_y`.
+    r"""Dynamic fine-tuning :math:`\text{sg}(p_y)\,ce`, slope :math:`p_y`.
 
-    The probability in front is a constant to the gradient: that is the definition.
+    The probability in front is a constant to the gradient (sg): that is the definition. Its
+    gradient is that of `Rooted` with k = m = 1.
 
-    Source: Wu et al., "On the Generalization of SFT", 2025, eq. (9). Its gradient is that of
-    `Rooted` with k = m = 1.
+    Source: Wu et al., "On the Generalization of SFT", 2025, eq. (9).
     """
+
+    spec = "dft"
+    function = "dft_loss"
+    criterion = "DFTLoss"
+    formula = "stopgrad(p) ce"
 
     def value(self, ce: Tensor) -> Tensor:
         return torch.exp(-ce) * ce
@@ -209,11 +288,18 @@ class DFT(Link):
 
 @dataclass(frozen=True)
 class Poly1(Link):
-    r"""Poly-1 link :math:`ce + \epsilon(1-p_y)`, slope :math:`1 + \epsilon p_y`.
+    r"""Poly-1 loss :math:`ce + \epsilon(1-p_y)`, slope :math:`1 + \epsilon p_y`.
+
+    Args:
+        eps: Weight of the first polynomial term, >= -1.
 
     Source: Leng et al., "PolyLoss", 2022, eq. (6).
     """
 
+    spec = "poly1"
+    function = "poly1_loss"
+    criterion = "Poly1Loss"
+    formula = "ce + eps (1 - p)"
     eps: float = 1.0
 
     def __post_init__(self) -> None:
@@ -227,3 +313,9 @@ class Poly1(Link):
     def slope(self, ce: Tensor) -> Tensor:
         # expm1, so that eps = -1, where the slope is 1 - p, keeps its digits near ce = 0.
         return torch.expm1(-ce) * self.eps + (1.0 + self.eps)
+
+
+BUILT_IN: dict[str, type[Link]] = {
+    link.spec: link for link in (CE, Rooted, RootedConvex, Focal, GCE, DFT, Poly1)
+}
+"""The links of this package by their names in a spec string."""

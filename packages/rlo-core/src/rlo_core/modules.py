@@ -76,28 +76,6 @@ class LinkLoss(nn.Module):
         return ", ".join([*parts, f"reduction={self.reduction!r}"])
 
 
-class CELoss(LinkLoss):
-    """Cross entropy, `torch.nn.CrossEntropyLoss` under the family's interface."""
-
-    formula = "ce = -log p"
-
-    def __init__(
-        self,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(
-            CE(),
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
 class _RootLoss(LinkLoss):
     """A rooted link whose k and m can be moved, by hand or by a schedule."""
 
@@ -172,130 +150,6 @@ class _RootLoss(LinkLoss):
         self.link = self.link_type(state["k"], state["m"])
 
 
-class RootedLoss(_RootLoss):
-    r"""Bounded rooted loss :math:`m(1-p^{1/k})`: the **released** form of RLO; see `rooted_loss`.
-
-    Not convex; the paper's equation, which is, is `RootedConvexLoss`.
-
-    Args:
-        k: Root, > 0; inf is cross entropy.
-        m: Multiplier, > 0; None means k.
-        warmup: Share of the run over which k moves from `k_start` to k; see `rlo_core.schedules`.
-        schedule: "linear", "cosine", "geometric" or "constant".
-        k_start: k at the start of the warmup; inf is cross entropy.
-        weight: As `nn.CrossEntropyLoss`, and so the rest.
-        ignore_index: Index targets with this value do not count.
-        label_smoothing: In [0, 1].
-        reduction: "mean", "sum" or "none".
-    """
-
-    formula = "m (1 - p^(1/k))"
-    link_type = Rooted
-
-
-class RootedConvexLoss(_RootLoss):
-    r"""Convex rooted loss :math:`m(p^{-1/k}-1)`: the **paper's** equation; see
-    `rooted_convex_loss`.
-
-    Args as `RootedLoss`.
-    """
-
-    formula = "m (p^(-1/k) - 1)"
-    link_type = RootedConvex
-
-
-class FocalLoss(LinkLoss):
-    r"""Focal loss :math:`\alpha(1-p)^\gamma ce`; see `focal_loss`."""
-
-    formula = "alpha (1 - p)^gamma ce"
-
-    def __init__(
-        self,
-        gamma: float = 3.0,
-        alpha: float = 0.25,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(
-            Focal(gamma, alpha),
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
-class GCELoss(LinkLoss):
-    r"""Generalised cross entropy :math:`(1-p^q)/q`; see `gce_loss`."""
-
-    formula = "(1 - p^q) / q"
-
-    def __init__(
-        self,
-        q: float = 0.7,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(
-            GCE(q),
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
-class DFTLoss(LinkLoss):
-    r"""Dynamic fine-tuning :math:`\text{sg}(p)\,ce`; see `dft_loss`."""
-
-    formula = "stopgrad(p) ce"
-
-    def __init__(
-        self,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(
-            DFT(),
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
-class Poly1Loss(LinkLoss):
-    r"""Poly-1 :math:`ce + \epsilon(1-p)`; see `poly1_loss`."""
-
-    formula = "ce + eps (1 - p)"
-
-    def __init__(
-        self,
-        eps: float = 1.0,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        reduction: Reduction = "mean",
-    ) -> None:
-        super().__init__(
-            Poly1(eps),
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-        )
-
-
 class BinaryLinkLoss(nn.Module):
     """Any link as a binary or multi-label criterion; see `link_binary_cross_entropy`.
 
@@ -335,4 +189,259 @@ class BinaryLinkLoss(nn.Module):
             weight=self.weight,
             pos_weight=self.pos_weight,
             reduction=self.reduction,
+        )
+
+
+# Written by scripts/write_losses.py from rlo_core.links; change it there.
+
+
+class CELoss(LinkLoss):
+    r"""Cross entropy itself :math:`ce = -\log p_y`, slope 1.
+
+    It is `torch.nn.functional.cross_entropy` under the interface of the family.
+
+    Args:
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = CELoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "ce = -log p"
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(
+            CE(),
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+class RootedLoss(_RootLoss):
+    r"""Bounded rooted logistic loss :math:`m(1-p_y^{1/k})`, slope :math:`(m/k)\,p_y^{1/k}`: `rlo`.
+
+    The **released** form: what the authors' training and LLM code computes. In [0, m], not convex
+    in the logits; samples that are already lost count for less. k = 1 has the gradient of dynamic
+    fine-tuning, k = inf is cross entropy. The paper's equation, to which its convexity lemmas
+    apply, is `RootedConvex`.
+
+    Args:
+        k: Root, > 0; 3 in the authors' vision code, 5 for language models. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0. The authors set m = k.
+        warmup: Share of the run over which k moves from `k_start` to k; see
+            `rlo_core.schedules`.
+        schedule: "linear", "cosine", "geometric" or "constant".
+        k_start: k at the start of the warmup; inf is cross entropy.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = RootedLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "m (1 - p^(1/k))"
+    link_type = Rooted
+
+
+class RootedConvexLoss(_RootLoss):
+    r"""Convex rooted logistic loss :math:`m(p_y^{-1/k}-1)`, slope :math:`(m/k)\,p_y^{-1/k}`.
+
+    The **paper's** equation (2) up to the constant m, and what the authors' GAN code computes.
+    Convex in the logits for every k, unbounded; hard samples, mislabelled ones too, count for
+    more. Beyond ce/k = 40 (`CONVEX_LINEAR_FROM`) it goes on as its tangent, and the value is held
+    at the largest finite number of its dtype.
+
+    Args:
+        k: Root, > 0; 2 in the authors' GAN code. inf is cross entropy.
+        m: Multiplier, > 0; None means k, a slope of 1 at ce = 0.
+        warmup: Share of the run over which k moves from `k_start` to k; see
+            `rlo_core.schedules`.
+        schedule: "linear", "cosine", "geometric" or "constant".
+        k_start: k at the start of the warmup; inf is cross entropy.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = RootedConvexLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "m (p^(-1/k) - 1)"
+    link_type = RootedConvex
+
+
+class FocalLoss(LinkLoss):
+    r"""Focal loss :math:`\alpha(1-p_y)^\gamma ce`.
+
+    Args:
+        gamma: Focusing exponent, >= 0; 3 in the RLO authors' baseline.
+        alpha: Factor, > 0; 0.25 there.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = FocalLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "alpha (1 - p)^gamma ce"
+
+    def __init__(
+        self,
+        gamma: float = 3.0,
+        alpha: float = 0.25,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(
+            Focal(gamma, alpha),
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+class GCELoss(LinkLoss):
+    r"""Generalised cross entropy :math:`(1-p_y^q)/q`, slope :math:`p_y^q`.
+
+    It is `Rooted` with k = m = 1/q.
+
+    Args:
+        q: Exponent, > 0, finite; near 0 it is cross entropy, 1 is the mean absolute error.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = GCELoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "(1 - p^q) / q"
+
+    def __init__(
+        self,
+        q: float = 0.7,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(
+            GCE(q),
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+class DFTLoss(LinkLoss):
+    r"""Dynamic fine-tuning :math:`\text{sg}(p_y)\,ce`, slope :math:`p_y`.
+
+    The probability in front is a constant to the gradient (sg): that is the definition. Its
+    gradient is that of `Rooted` with k = m = 1.
+
+    Args:
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = DFTLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "stopgrad(p) ce"
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(
+            DFT(),
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+class Poly1Loss(LinkLoss):
+    r"""Poly-1 loss :math:`ce + \epsilon(1-p_y)`, slope :math:`1 + \epsilon p_y`.
+
+    Args:
+        eps: Weight of the first polynomial term, >= -1.
+        weight: Class weights, (C), multiplying the loss.
+        ignore_index: Index targets with this value give 0 and are not counted.
+        label_smoothing: In [0, 1]; the share of the target spread evenly over the classes.
+        reduction: "mean", "sum" or "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = Poly1Loss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 4), torch.tensor([0, 3])).shape
+        torch.Size([])
+    """
+
+    formula = "ce + eps (1 - p)"
+
+    def __init__(
+        self,
+        eps: float = 1.0,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(
+            Poly1(eps),
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
         )
