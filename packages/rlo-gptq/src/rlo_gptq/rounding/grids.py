@@ -6,8 +6,9 @@ row of memory, which is what an algorithm that visits columns one by one reads a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ class Grid(Protocol):
 
     def values(self, codes: Tensor, columns: Tensor) -> Tensor:
         """Return the values (n, m) of the codes (n, m) of some columns, (n,)."""
+
+    def join(self, others: Sequence[Any]) -> Grid:
+        """Return the grid of this one's outputs and those of other grids of its kind."""
 
 
 def column_groups(d: int, group_size: int) -> Tensor:
@@ -109,6 +113,13 @@ class ScalarGrid:
     def values(self, codes: Tensor, columns: Tensor) -> Tensor:
         """Return scale * (code - zero), (n, m)."""
         return self.units(codes, columns).mul_(self.scales[self.group[columns]])
+
+    def join(self, others: Sequence[ScalarGrid]) -> ScalarGrid:
+        """Return the grid of the outputs of all, along m."""
+        grids = (self, *others)
+        scales = torch.cat([grid.scales for grid in grids], 1)
+        zeros = torch.cat([grid.zeros for grid in grids], 1)
+        return ScalarGrid(scales, zeros, self.bits, self.group)
 
 
 def stored(x: Tensor, dtype: ScaleDtype) -> Tensor:

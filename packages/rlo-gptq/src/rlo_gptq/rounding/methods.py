@@ -16,6 +16,9 @@ from rlo_gptq.rounding.random_streams import random_uniforms
 from rlo_gptq.rounding.trellis import fit_trellis
 from rlo_gptq.settings import LayerSettings
 
+Fit = Callable[[Tensor, Tensor, bool], Grid]
+"""From targets (d, m), the importance (d,) of columns and whether it is the last fit to a grid."""
+
 _NOISE_STREAM = 64
 # Outputs that are rounded at one time, on a CPU and on a GPU. Fewer would need less memory, but
 # each column costs some twenty calls, whose own time 2048 outputs outweigh.
@@ -61,6 +64,7 @@ def round_in_parts(
     settings: LayerSettings,
     *,
     seed: int,
+    fit: Fit | None = None,
 ) -> Rounded:
     """Round a transposed weight (d, m) that is made some outputs at a time.
 
@@ -73,6 +77,7 @@ def round_in_parts(
         hessian: damped, (d, d); it is overwritten.
         settings: the method and its options.
         seed: of stochastic rounding.
+        fit: makes a grid of another format; by default the one that `settings` describes.
     """
     order = visiting_order(hessian, settings)
     permute_(hessian, order)
@@ -86,7 +91,7 @@ def round_in_parts(
     for begin in range(0, outputs, step):
         part = slice(begin, min(begin + step, outputs))
         W = weight(part)[order]
-        grid, first = _first_codes(W, hessian, factors, order, settings, seed)
+        grid, first = _first_codes(W, hessian, factors, order, settings, seed, fit)
         if part.stop == outputs:
             factors = None  # room for the greedy passes
         state = start(W, hessian, first, grid, order)
@@ -115,12 +120,8 @@ def _indivisible(settings: LayerSettings) -> bool:
 
 def _joined(grids: list[Grid]) -> Grid:
     """Return the grid of all outputs."""
-    first = grids[0]
-    if len(grids) == 1 or not isinstance(first, ScalarGrid):
-        return first
-    scales = torch.cat([grid.scales for grid in grids], 1)
-    zeros = torch.cat([grid.zeros for grid in grids], 1)
-    return ScalarGrid(scales, zeros, first.bits, first.group)
+    first, *others = grids
+    return first.join(others) if others else first
 
 
 def permute_(matrix: Tensor, order: Tensor) -> None:
@@ -142,9 +143,12 @@ def _first_codes(
     order: Tensor,
     settings: LayerSettings,
     seed: int,
+    fit: Fit | None,
 ) -> tuple[Grid, Tensor]:
     """Fit the grid and round once; the codes are in the order of visiting."""
     own = torch.argsort(order)
+    if fit is not None:
+        return _first_codes_of(W, H, factors, order, settings, fit)
     trellis = settings.grid == "trellis"
     if factors is None:
         scalar = fit_grid(W[own], H.diagonal()[own], settings)
@@ -162,6 +166,26 @@ def _first_codes(
     grid = fit_trellis(targets, settings) if trellis else scalar
     del targets
     return grid, round_with_feedback(W, feedback, grid, order, block_size=size, noise=noise)[0]
+
+
+def _first_codes_of(
+    W: Tensor,
+    H: Tensor,
+    factors: Factor | None,
+    order: Tensor,
+    settings: LayerSettings,
+    fit: Fit,
+) -> tuple[Grid, Tensor]:
+    """The same for a grid that `fit` makes."""
+    own = torch.argsort(order)
+    if factors is None:
+        grid = fit(W[own], H.diagonal()[own], True)
+        return grid, grid.round_all(W[own])[order]
+    importance, size = factors.diagonal[own], settings.block_size
+    grid = fit(W[own], importance, False)
+    targets = round_with_feedback(W, factors.feedback, grid, order, block_size=size)[1][own]
+    grid = fit(targets, importance, True)
+    return grid, round_with_feedback(W, factors.feedback, grid, order, block_size=size)[0]
 
 
 def _noise(grid: ScalarGrid, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -265,6 +265,11 @@ class TrellisGrid:
     def values(self, codes: Tensor, columns: Tensor) -> Tensor:
         """Return scale * v(state), (n, m)."""
         return self.units(codes, columns).mul_(self.scales[self.group[columns]])
+
+    def join(self, others: Sequence[TrellisGrid]) -> TrellisGrid:
+        """Return the grid of the outputs of all, along m."""
+        scales = torch.cat([grid.scales for grid in (self, *others)], 1)
+        return TrellisGrid(scales, self.group)
 
 
 def fit_trellis(x: Tensor, settings: LayerSettings) -> TrellisGrid:
