@@ -36,6 +36,7 @@ class Options:
         tune: Finetune each block's scales and norms against its dense output; None does not.
         formats: Other formats it is going to be written in; what they cannot hold is refused before
             anything is done.
+        gguf: The type of a GGUF file to make instead of a checkpoint, e.g. "Q4_K_M".
     """
 
     model: str
@@ -55,6 +56,7 @@ class Options:
     rotate: str | None = None
     tune: TuneSettings | None = None
     formats: tuple[str, ...] = ()
+    gguf: str | None = None
 
     def decisions(self) -> dict[str, Any]:
         """Return what decides the codes: not where the model is, nor how activations are kept."""

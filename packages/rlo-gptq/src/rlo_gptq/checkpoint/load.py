@@ -86,7 +86,7 @@ def load(
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder, sorted."""
-    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
 
 
 def weight_bytes(folder: Path) -> int:

@@ -70,9 +70,17 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "formats",
-    type=click.Choice(["gptq", "compressed-tensors"]),
+    type=click.Choice(["gptq", "compressed-tensors", "gguf"]),
     multiple=True,
-    help="Write it in this format too, beside DIR; repeatable. Takes integer zeros.",
+    help="Write it in this format too, beside DIR; repeatable. Takes integer zeros. gguf instead "
+    "makes DIR/MODEL-TYPE.gguf, rounded onto that type's own grid.",
+)
+@click.option(
+    "--type",
+    "gguf_type",
+    metavar="TYPE",
+    help="Of the GGUF file: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL Q2_K Q2_K_S Q3_K_S|M|L Q4_K_S|M "
+    "Q5_K_S|M Q6_K; Q4_K_M if it is left out.",
 )
 @shared.peers
 @click.option(
@@ -158,6 +166,7 @@ def quantize(
     integer_zero: bool,
     grid: str,
     formats: tuple[str, ...],
+    gguf_type: str | None,
     peers: tuple[str, ...],
     hessian: str,
     hessian_energy: bool,
@@ -197,6 +206,16 @@ def quantize(
         sym, integer_zero = False, True
     if qfn == "b" or (compat and incoh_processing):
         sym, integer_zero = True, False
+    gguf = _gguf_type(formats, gguf_type, tuned=tune, unbiased=unbiased, compat=compat)
+    if gguf is not None:
+        formats = ()
+        _check_gguf_options(
+            rotated=incoh_processing
+            or pre_proj
+            or pre_rescale
+            or (incoherence not in (None, "none")),
+            peers=peers,
+        )
     if formats:
         if incoh_processing or pre_proj or pre_rescale or incoherence not in (None, "none"):
             raise click.UsageError(
@@ -267,6 +286,7 @@ def quantize(
         rotate=rotate,
         tune=tuning,
         formats=formats,
+        gguf=gguf,
     )
     if dry_run:
         _print_plan(options, device, as_json=as_json)
@@ -282,6 +302,75 @@ def quantize(
         click.echo(json.dumps(document, indent=2))
         return
     _show(document)
+
+
+# What the type of a GGUF file decides by itself.
+_OF_THE_TYPE = {
+    "wbits": "--wbits",
+    "groupsize": "--groupsize",
+    "sym": "--sym/--asym",
+    "integer_zero": "--integer-zero",
+    "grid": "--grid",
+    "qfn": "--qfn",
+    "scale_dtype": "--scale-dtype",
+}
+
+
+def _gguf_type(
+    formats: tuple[str, ...],
+    gguf_type: str | None,
+    *,
+    tuned: bool,
+    unbiased: bool,
+    compat: str | None,
+) -> str | None:
+    """Return the type of the GGUF file to make, or None.
+
+    Raises:
+        click.UsageError: options that exclude each other.
+    """
+    if "gguf" not in formats:
+        if gguf_type is not None:
+            raise click.UsageError("--type needs --format gguf")
+        return None
+    if len(set(formats)) > 1:
+        raise click.UsageError(
+            "--format gguf rounds onto grids of its own; make the other formats in another run"
+        )
+    for option, there in (("--tune", tuned), ("--unbiased", unbiased), ("--compat", bool(compat))):
+        if there:
+            raise click.UsageError(f"--format gguf takes no {option}")
+    from rlo_gptq.formats.gguf.types import FLOAT_TYPES, GGUFError, file_type
+
+    try:
+        found = file_type(gguf_type or "Q4_K_M")
+    except GGUFError as error:
+        raise click.UsageError(str(error)) from error
+    if found in FLOAT_TYPES:
+        raise click.UsageError(f"--type must be a quantized type, got {found}")
+    return found
+
+
+def _check_gguf_options(*, rotated: bool, peers: tuple[str, ...]) -> None:
+    """Refuse options that a GGUF file cannot follow.
+
+    Raises:
+        click.UsageError: names the option.
+    """
+    if rotated:
+        raise click.UsageError(
+            "--format gguf takes no rotation at run time; use --rotate fold instead of "
+            "--incoh-processing, --incoherence, --pre-proj and --pre-rescale"
+        )
+    if peers:
+        raise click.UsageError(
+            "--verify-with takes no GGUF file; scripts/verify_gguf.py runs it in llama.cpp"
+        )
+    context = click.get_current_context()
+    for name, option in _OF_THE_TYPE.items():
+        source = context.get_parameter_source(name)
+        if source not in (None, click.core.ParameterSource.DEFAULT):
+            raise click.UsageError(f"--type decides the grid of a GGUF file; leave out {option}")
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from rlo_core.errors import RLOError
@@ -27,6 +27,19 @@ from rlo_gptq.rounding.layer import quantize_layer
 
 class LayerError(RLOError):
     """A layer that cannot be quantized."""
+
+
+class PackedLinear(Protocol):
+    """A layer as it is written: ours, or one of another format."""
+
+    def dequantize(self) -> Tensor:
+        """Return the dense weight, (out, in)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors that are written."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take such tensors."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class BlockQuantizer:
         """
         linears = self.layout.linears[index]
         name = self.layout.block_name(index)
-        packed: dict[str, QuantLinear] = {}
+        packed: dict[str, PackedLinear] = {}
         records: list[dict[str, Any]] = []
         groups: list[list[str]] = []
         tune = self.options.tune is not None and bool(linears)
@@ -119,7 +132,7 @@ class BlockQuantizer:
         name, device = self.layout.block_name(index), str(self.processes.device)
         with safe_open(self.work.part(part), framework="pt", device=device) as stored:
             for layer in self.layout.linears[index]:
-                module = self._empty_like(linear_of(block, layer))
+                module = self._empty_like(linear_of(block, layer), f"{name}.{layer}")
                 state = {
                     child: stored.get_tensor(f"{name}.{layer}.{child}")
                     for child in module.state_dict()
@@ -138,7 +151,7 @@ class BlockQuantizer:
         self,
         block: nn.Module,
         name: str,
-        packed: dict[str, QuantLinear],
+        packed: dict[str, PackedLinear],
         call: BlockCall,
         activations: Activations,
         targets: Activations,
@@ -148,7 +161,7 @@ class BlockQuantizer:
         assert self.options.tune is not None
         measured = tune_block(
             block,
-            packed,
+            cast("dict[str, QuantLinear]", packed),
             call,
             activations,
             targets,
@@ -173,12 +186,12 @@ class BlockQuantizer:
         sums: dict[str, Any],
         collected: float,
         records: list[dict[str, Any]],
-    ) -> dict[str, QuantLinear]:
+    ) -> dict[str, PackedLinear]:
         """Round the layers of a stage; the processes share them, and all get all results."""
-        results: dict[str, QuantLinear] = {}
+        results: dict[str, PackedLinear] = {}
         layers = [(group[0], layer) for group in stage for layer in group]
         owned = set(self.processes.share(len(layers)))
-        local: dict[int, tuple[QuantLinear, dict[str, Any]]] = {}
+        local: dict[int, tuple[PackedLinear, dict[str, Any]]] = {}
         first_now, hessian = "", torch.empty(0)
         tokens = {first: sums[first].tokens for first in sums}
         for number, (first, layer) in enumerate(layers):
@@ -192,21 +205,19 @@ class BlockQuantizer:
             # One rotation for all layers that read the same input.
             seed = layer_seed(self.options.seed, f"{name}.{first}")
             try:
-                rounded = quantize_layer(linear.weight, hessian, self.options.layer, seed=seed)
+                packed, measured = self._packed(linear, f"{name}.{layer}", hessian, seed)
             except ValueError as error:
                 raise LayerError(f"layer '{name}.{layer}': {error}") from error
             record = {
                 "layer": f"{name}.{layer}",
                 "rows": linear.out_features,
                 "columns": linear.in_features,
-                "bits": self.options.layer.bits,
-                "proxy": rounded.proxy,
+                **measured,
                 "tokens": tokens[first],
                 "seconds": round(time.perf_counter() - begin, 4),
                 "calibration_seconds": round(collected, 4),
             }
-            bias = None if linear.bias is None else linear.bias.data
-            local[number] = (QuantLinear.from_layer(rounded, self.options.layer, bias=bias), record)
+            local[number] = (packed, record)
         for number, (_, layer) in enumerate(layers):
             owner = number % self.processes.world
             if number in local:
@@ -216,14 +227,25 @@ class BlockQuantizer:
                 )
             else:
                 received = self.processes.broadcast({}, owner)
-                module, record = self._empty_like(linear_of(block, layer)), received["record"]
+                module = self._empty_like(linear_of(block, layer), f"{name}.{layer}")
+                record = received["record"]
                 module.load_state_dict(received["state"], assign=True)
             results[layer] = module
             records.append(record)
             self.note(record)
         return results
 
-    def _empty_like(self, linear: nn.Linear) -> QuantLinear:
+    def _packed(
+        self, linear: nn.Linear, name: str, hessian: Tensor, seed: int
+    ) -> tuple[PackedLinear, dict[str, Any]]:
+        """Round one layer; return it packed, and its bits and proxy loss."""
+        settings = self.options.layer
+        rounded = quantize_layer(linear.weight, hessian, settings, seed=seed)
+        bias = None if linear.bias is None else linear.bias.data
+        measured = {"bits": settings.bits, "proxy": rounded.proxy}
+        return QuantLinear.from_layer(rounded, settings, bias=bias), measured
+
+    def _empty_like(self, linear: nn.Linear, name: str) -> PackedLinear:
         return QuantLinear(
             linear.in_features,
             linear.out_features,
@@ -233,14 +255,14 @@ class BlockQuantizer:
             device="meta",
         )
 
-    def _use(self, block: nn.Module, packed: dict[str, QuantLinear]) -> None:
+    def _use(self, block: nn.Module, packed: dict[str, PackedLinear]) -> None:
         """Put the dequantised weights into the block: what is packed is what later layers see."""
         for layer, module in packed.items():
             linear = linear_of(block, layer)
             linear.weight.data = module.dequantize().to(linear.weight)
 
     def _tensors(
-        self, block: nn.Module, name: str, packed: dict[str, QuantLinear]
+        self, block: nn.Module, name: str, packed: dict[str, PackedLinear]
     ) -> dict[str, Tensor]:
         """Return a block's tensors as the checkpoint has them, under their full names."""
         tensors = {}

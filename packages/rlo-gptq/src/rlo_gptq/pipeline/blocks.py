@@ -27,6 +27,8 @@ from rlo_gptq.calibration.hessian_sum import CalibrationError
 from rlo_gptq.calibration.sequences import sample_sequences
 from rlo_gptq.calibration.token_weights import sequence_weights, tail, weighting_link
 from rlo_gptq.formats.export import check_exportable
+from rlo_gptq.formats.gguf.block import GGUFBlockQuantizer
+from rlo_gptq.formats.gguf.finish import check_writable
 from rlo_gptq.models.fold_checkpoint import fold_checkpoint
 from rlo_gptq.models.layout import Layout, split_all_experts
 from rlo_gptq.models.source import ModelSource, find_model, release, require_filled
@@ -116,6 +118,8 @@ def quantize_model(
     )
     try:
         plan = discover(source, options)
+        if options.gguf is not None:
+            check_writable(source, plan.layout, plan.shapes, options)
         for name in options.formats:
             check_exportable(name, options.layer, plan.layout, plan.shapes)
         sequences, data = load_calibration(options, source, plan.seqlen)
@@ -177,7 +181,8 @@ class _Run:
     def _blocks_in_turn(
         self, activations: Activations, calls: list[BlockCall], mine: Sequence[int]
     ) -> None:
-        blocks = BlockQuantizer(
+        kind = BlockQuantizer if self.options.gguf is None else GGUFBlockQuantizer
+        blocks = kind(
             self.options,
             self.source,
             self.layout,

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 from rlo_gptq.pipeline.progress import Bar, Log
 
 if TYPE_CHECKING:
+    from rlo_gptq.models.layout import Layout
+    from rlo_gptq.models.source import ModelSource
     from rlo_gptq.options import Options
+    from rlo_gptq.pipeline.plan import Plan
     from rlo_gptq.pipeline.progress import Progress
 
 
@@ -38,9 +41,9 @@ def run_quantization(
     from rlo_core.runs.report import write_report
 
     from rlo_gptq.checkpoint.load import weight_files
+    from rlo_gptq.formats.gguf.finish import write_gguf
     from rlo_gptq.pipeline.blocks import quantize_model
     from rlo_gptq.pipeline.finish import write_checkpoint
-    from rlo_gptq.pipeline.plan import Plan
     from rlo_gptq.pipeline.processes import join_processes
     from rlo_gptq.pipeline.work_folder import WorkFolder
 
@@ -67,6 +70,15 @@ def run_quantization(
                 )
             )
 
+        def finish(work: WorkFolder, source: ModelSource, layout: Layout) -> None:
+            named = base or options.model
+            if options.gguf is not None:
+                write_gguf(work, source, layout, options, base=named)
+                return
+            write_checkpoint(
+                work, source, layout, options.layer, base=named, dataset=options.dataset
+            )
+
         with bar:
             result = quantize_model(
                 options,
@@ -74,14 +86,7 @@ def run_quantization(
                 processes,
                 progress=cast("Progress", bar),
                 on_start=start,
-                finish=lambda work, source, layout: write_checkpoint(
-                    work,
-                    source,
-                    layout,
-                    options.layer,
-                    base=base or options.model,
-                    dataset=options.dataset,
-                ),
+                finish=finish,
             )
         if not processes.first:
             return None
@@ -92,8 +97,9 @@ def run_quantization(
         document = {
             "folder": str(folder),
             "layers": len(result.records),
+            **({} if options.gguf is None else {"gguf": options.gguf}),
             "bits": options.layer.bits,
-            "bits_per_weight": plans[0].summary["bits_per_weight"],
+            "bits_per_weight": _bits_per_weight(result.records, plans[0], options),
             "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
             "worst_proxy": worst["proxy"],
             "worst_layer": worst["layer"],
@@ -109,6 +115,15 @@ def run_quantization(
         runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
         write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
         return document
+
+
+def _bits_per_weight(records: list[dict[str, Any]], plan: Plan, options: Options) -> float:
+    """Return the mean bits of a quantized weight, scales included."""
+    if options.gguf is None:
+        return float(plan.summary["bits_per_weight"])
+    sizes = [int(record["rows"]) * int(record["columns"]) for record in records]
+    bits = [float(record["bits"]) for record in records]
+    return round(sum(s * b for s, b in zip(sizes, bits, strict=True)) / sum(sizes), 3)
 
 
 def _tuned(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -191,7 +191,8 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     factor = float(rope["factor"])
     smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).to(torch.float32)
+    divisors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return divisors.to(torch.float32)
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

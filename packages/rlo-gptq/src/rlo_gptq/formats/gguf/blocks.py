@@ -8,6 +8,7 @@ given. Every packer takes codes (n, columns) and, an integer a sub-block or a nu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch import Tensor
 from rlo_gptq.formats.gguf.grids import BlockGrid
 from rlo_gptq.formats.gguf.types import BlockType
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[Any]  # of uint8
 Floats = npt.NDArray[np.float32]
 _ROWS = 1024  # of a matrix, packed at one time
 
@@ -68,7 +69,8 @@ def _half(x: Floats) -> Bytes:
 def _nibbles(codes: Bytes) -> Bytes:
     """Pack four bits of the first half of a block beside those of the second."""
     low, high = np.split(codes & 15, 2, axis=1)
-    return low | (high << 4)
+    packed: Bytes = low | (high << 4)
+    return packed
 
 
 def _fifth_bits(codes: Bytes) -> Bytes:

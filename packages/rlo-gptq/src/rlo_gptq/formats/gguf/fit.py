@@ -126,13 +126,14 @@ class _Block:
                 state = (d, sub, dmin, mins)
                 best = state if best is None else self._better(best, state)
             assert best is not None
-            state = best
+            fitted = best
         else:
             sub = torch.where(step < 0, -1.0, 1.0) if low < 0 else torch.ones_like(step)
-            state = (half(step.abs()), sub, half(floor), torch.full_like(step, float(kind.mins)))
+            fitted = (half(step.abs()), sub, half(floor), torch.full_like(step, float(kind.mins)))
+        d, sub, dmin, mins = fitted
         for _ in range(_ROUNDS[thorough]):
-            state = self._improve(*state)
-        return state
+            d, sub, dmin, mins = self._improve(d, sub, dmin, mins)
+        return d, sub, dmin, mins
 
     def _each(self, widths: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """Return the best step and floor of each sub-block by itself, in full precision."""
@@ -162,10 +163,14 @@ class _Block:
         best_step = torch.zeros_like(x[:, 0])
         best_floor = torch.zeros_like(best_step)
         best_error = self.error(best_step, best_floor if kind.mins else None)
-        for step, floor in candidates:
-            unit = self.units(step, floor)
-            fitted = self.line(unit)
-            for a, b in ((step, floor), (fitted[0], fitted[1] if kind.mins else None)):
+        for step, offset in candidates:
+            unit = self.units(step, offset)
+            sloped, under = self.line(unit)
+            tries: tuple[tuple[Tensor, Tensor | None], ...] = (
+                (step, offset),
+                (sloped, under if kind.mins else None),
+            )
+            for a, b in tries:
                 error = self.error(a, b) if a is not step else self.error_of(unit, a, b)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)

@@ -112,7 +112,7 @@ def _sentencepiece(
     document: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[str]
 ) -> Metadata:
     """Return what llama.cpp needs to do BPE by scores: the earlier a merge, the higher."""
-    rank = {}
+    rank: dict[str, int] = {}
     for order, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", "", 1), order)
     lowest = -float(len(merges) + 1)

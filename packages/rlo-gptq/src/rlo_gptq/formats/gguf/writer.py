@@ -108,12 +108,14 @@ def _array(entry: Entry) -> np.ndarray[Any, Any]:
 
 
 def _add(writer: Any, key: str, kind: str, value: Any) -> None:
-    if kind == "strings":
-        writer.add_array(key, list(value))
-    elif kind.endswith("s"):
-        writer.add_array(key, [float(v) if kind == "float32s" else int(v) for v in value])
+    """Add one value; `kind` is a GGUF value type's name, with an s for an array of that type."""
+    import gguf
+
+    if kind.endswith("s"):
+        element = gguf.GGUFValueType[kind.removesuffix("s").upper()]
+        writer.add_key_value(key, list(value), gguf.GGUFValueType.ARRAY, sub_type=element)
     else:
-        getattr(writer, f"add_{kind}")(key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType[kind.upper()])
 
 
 def copied_metadata(path: Path) -> Iterator[tuple[str, Any, Any, Any]]:
