@@ -72,22 +72,30 @@ def write_file(path: Path, architecture: str, metadata: Metadata, entries: Seque
 
     with atomic_path(path) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
-        for key, (kind, value) in metadata.items():
-            _add(writer, key, kind, value)
-        for entry in entries:
-            number = gguf.GGMLQuantizationType[entry.kind]
-            shape: Sequence[int] = entry.shape
-            if entry.kind in BLOCK_TYPES:
-                shape = gguf.quant_shape_to_byte_shape(entry.shape, number)
-            dtype = np.dtype(np.uint8 if entry.kind in BLOCK_TYPES else np.float32)
-            writer.add_tensor_info(entry.name, shape, dtype, entry.bytes, raw_dtype=number)
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(_array(entry))
-        writer.close()
+        try:
+            _write(writer, partial, metadata, entries)
+        finally:
+            writer.close()
     return path.stat().st_size
+
+
+def _write(writer: Any, path: Path, metadata: Metadata, entries: Sequence[Entry]) -> None:
+    import gguf
+
+    for key, (kind, value) in metadata.items():
+        _add(writer, key, kind, value)
+    for entry in entries:
+        number = gguf.GGMLQuantizationType[entry.kind]
+        shape: Sequence[int] = entry.shape
+        if entry.kind in BLOCK_TYPES:
+            shape = gguf.quant_shape_to_byte_shape(entry.shape, number)
+        dtype = np.dtype(np.uint8 if entry.kind in BLOCK_TYPES else np.float32)
+        writer.add_tensor_info(entry.name, shape, dtype, entry.bytes, raw_dtype=number)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        writer.write_tensor_data(_array(entry))
 
 
 def _array(entry: Entry) -> np.ndarray[Any, Any]:
@@ -112,6 +120,8 @@ def _add(writer: Any, key: str, kind: str, value: Any) -> None:
     import gguf
 
     if kind.endswith("s"):
+        if not value:  # which the format cannot say
+            return
         element = gguf.GGUFValueType[kind.removesuffix("s").upper()]
         writer.add_key_value(key, list(value), gguf.GGUFValueType.ARRAY, sub_type=element)
     else:
