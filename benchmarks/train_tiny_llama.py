@@ -53,9 +53,7 @@ def main() -> None:
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
     began = time.monotonic()
     for step in range(args.steps):
         rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / args.steps))

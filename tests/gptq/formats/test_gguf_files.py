@@ -91,7 +91,9 @@ def quantize(model: Path, text: Path, out: Path, *words: str) -> Any:
     return json.loads(run(*command, *sizes, *words).stdout)
 
 
-@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma2Config", "Gemma3TextConfig"])
+@pytest.mark.parametrize(
+    "kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma2Config", "Gemma3TextConfig"]
+)
 def test_a_dense_file_is_the_model_for_transformers(kind: str, tmp_path: Path) -> None:
     tied: dict[str, Any] = {"tie_word_embeddings": True} if kind.startswith("Gemma") else {}
     # transformers reads no head size from such files, but takes Qwen3's own.
