@@ -27,8 +27,8 @@ square that is finite in float32, so Adam's second moment does not overflow eith
 class Link(ABC):
     """A differentiable, increasing map from per-sample cross entropy to loss, zero at zero.
 
-    Subclass it with `value` and `slope` to get every door of the suite: all reductions, soft
-    targets, binary and fused linear losses.
+    Subclass it with `value` and `slope` to get all of the suite: reductions, soft targets, binary
+    and fused linear losses, schedules and hosts.
 
     A link of this package names itself too, and gets its function, its criterion and its place in
     the registry from that: `scripts/write_losses.py` writes them.

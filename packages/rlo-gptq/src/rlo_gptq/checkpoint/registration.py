@@ -1,8 +1,9 @@
 """Register the format with transformers without importing transformers.
 
 transformers takes seconds to import, and `rlo-gptq --help` or a script that only mentions this
-package should not pay them. So if no model class is loaded yet, a finder waits at the
-end of `sys.meta_path` for that one module, registers the format when it is imported, and goes away.
+package should not pay them. So if no model class is loaded yet, a finder waits at the beginning of
+`sys.meta_path` for that one module: there no other finder can find it first. It leaves the finding
+to the others, has the format registered when the module has run, and goes away.
 """
 
 from __future__ import annotations
