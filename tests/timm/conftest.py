@@ -35,6 +35,7 @@ from timm.loss import SoftTargetCrossEntropy
 try:
     from timm.loss import create_classification_loss
     from timm.task import ClassificationTask, LogitDistillationTask
+    from timm.task import MultiLabelClassificationTask
 except ImportError:
     pass
 
@@ -72,7 +73,9 @@ def _parse_args():
     args_config, remaining = config_parser.parse_known_args()
     if args_config.config:
         with open(args_config.config, 'r') as f:
-            parser.set_defaults(**yaml.safe_load(f))
+            values = yaml.safe_load(f)
+@VALIDATE_YAML@
+            parser.set_defaults(**values)
     args = parser.parse_args(remaining)
 @CHECKS@
     args_text = yaml.safe_dump(args.__dict__, default_flow_style=False)
@@ -80,10 +83,12 @@ def _parse_args():
 
 
 class Images(torch.utils.data.Dataset):
-    def __init__(self, classes):
+    def __init__(self, classes, dense=False):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(8, 3, 32, 32, generator=generator)
         self.y = torch.randint(classes, (8,), generator=generator)
+        if dense:
+            self.y = torch.randint(2, (8, classes), generator=generator).float()
 
     def __len__(self):
         return len(self.x)
@@ -113,7 +118,7 @@ def main():
     if mixup_active:
         mixup_fn = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
                          label_smoothing=args.smoothing, num_classes=args.classes)
-    data = Images(args.classes)
+    data = Images(args.classes, dense=getattr(args, 'task', None) == 'multilabel')
     if distributed:
         data = torch.utils.data.Subset(data, range(args.rank, 8, args.world_size))
     context = 'spawn' if args.workers else None
@@ -122,6 +127,9 @@ def main():
         multiprocessing_context=context)
 @LOSS@
     start_epoch = 0
+    if args.resume == 'auto':
+        args.resume = str(Path(args.output) / 'last.pth.tar')
+        args.resume = args.resume if os.path.exists(args.resume) else ''
     if args.resume:
         state = torch.load(args.resume, weights_only=True)
         model.load_state_dict(state['state_dict'])
@@ -244,6 +252,23 @@ TASK = """
 OWN_OPTIONS = """
 parser.add_argument('--loss', default=None, choices=('ce', 'bce', 'asl', 'poly', 'jsd'))
 parser.add_argument('--loss-pos-weight', default=None)
+parser.add_argument('--task', default='classification', choices=('classification', 'multilabel'))
+parser.add_argument('--class-weight', default=None, type=float, nargs='+')
+"""
+# YAML values are held against the script's own options: names, choices, types.
+OWN_YAML = """
+            known = {action.dest: action for action in parser._actions}
+            for key, value in values.items():
+                if key not in known:
+                    parser.error(f'unknown argument {key!r} in {args_config.config}')
+                action = known[key]
+                if action.choices is not None and value is not None:
+                    if value not in action.choices:
+                        parser.error(f'{key}: invalid choice {value!r}')
+                if action.type is not None and value is not None:
+                    items = value if isinstance(value, list) else [value]
+                    for item in items:
+                        action.type(item)
 """
 OWN_CHECKS = """
     if args.bce_loss and args.loss not in (None, 'bce'):
@@ -259,7 +284,9 @@ OWN_LOSS = """
     criterion_kwargs = dict(
         loss_type=args.loss, smoothing=args.smoothing, soft_targets=mixup_active,
         bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum,
-        pos_weight=args.bce_pos_weight, jsd_splits=args.aug_splits)
+        pos_weight=args.bce_pos_weight, jsd_splits=args.aug_splits,
+        class_weight=args.class_weight)
+    Task = MultiLabelClassificationTask if args.task == 'multilabel' else ClassificationTask
 """
 
 
@@ -270,12 +297,14 @@ def _shape(
     compile_: str = "task.compile(backend=args.torchcompile)",
     options: str = "",
     checks: str = "",
+    yaml: str = "",
     task: bool = True,
     validate: str = "validate_loss_fn",
 ) -> str:
     after = TASK.replace("@CRITERION@", criterion).replace("@COMPILE@", compile_)
     source = HEADER.lstrip("\n").replace("@LOSS@", loss + (after if task else DIRECT))
     source = source.replace("@OPTIONS@", options).replace("@CHECKS@", checks)
+    source = source.replace("@VALIDATE_YAML@", yaml)
     return source.replace("@STEP@", "step").replace("@VALIDATE@", validate)
 
 
@@ -293,8 +322,9 @@ SHAPES = {
         criterion="criterion_kwargs=criterion_kwargs",
         options=OWN_OPTIONS,
         checks=OWN_CHECKS,
+        yaml=OWN_YAML,
         validate="nn.CrossEntropyLoss()",
-    ),
+    ).replace("task = ClassificationTask(", "task = Task("),
 }
 SINCE = {"v1.0.23": "1.0.23", "v1.0.28": "1.0.23", "v1.0.31": "1.0.30"}
 """The timm that brought what a shape calls: `timm.task`, and the criteria that its tasks make."""

@@ -163,6 +163,21 @@ def test_the_module_the_command_and_the_hook_are_the_same_run(
     assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
 
 
+@pytest.mark.slow
+def test_the_hook_takes_the_loss_from_the_environment_where_yaml_is_validated(
+    write_script: WriteScript, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_script("v1.0.31")
+    monkeypatch.setenv("RLO_LOSS", "rlo:k=8,m=10")
+    done = run("train.py", "--device-modules", "rlo_timm.hook", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training loss: rlo:k=8,m=10, in place of Label" in done.stderr
+    # A file with our loss is refused by the script itself, before the hook is imported.
+    (tmp_path / "rlo.yaml").write_text("loss: rlo:k=8,m=10\n")
+    argv = ("train.py", "--device-modules", "rlo_timm.hook", "-c", "rlo.yaml")
+    assert "loss: invalid choice 'rlo:k=8,m=10'" in run(*argv, cwd=tmp_path).stderr
+
+
 def test_the_hook_elsewhere_says_what_it_is_for(tmp_path: Path) -> None:
     done = run("-c", "import rlo_timm.hook", cwd=tmp_path)
     assert done.returncode == 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import yaml
 from rlo_core.errors import RLOError
 from rlo_core.launch import ScriptError
+from rlo_core.registry import create_loss
 from torch import Tensor
 
 Train = Callable[..., dict[str, Any]]
@@ -184,6 +185,88 @@ def test_resuming_under_another_loss_warns(
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     train("--loss", "rlo:k=5", "--resume", resume, "--epochs", "3")
     assert f"{resume} was trained with loss 'rlo:k=3'; it goes on with 'rlo:k=5'" in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["ce", "focal", "root", "ROOT:k=3"])
+def test_the_authors_names_of_losses_are_known(train: Train, name: str) -> None:
+    seen = train("--loss", name)
+    spec = name.lower().replace("root", "rlo")
+    assert f"\nloss: {spec}\n" in seen["args"]
+
+
+NEWEST = "v1.0.31"
+
+
+def test_a_validated_yaml_file_takes_our_loss(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"loss: {SPEC[1]}\nsmoothing: 0.2\nloss_schedule: linear:warmup=0\n")
+    seen = train("-c", str(config), shape=NEWEST)
+    check(seen, lambda z, y: expected(z, one_hot(y, 5, 0.2)))
+    for line, message in (
+        ("loss: rol", "loss: invalid choice 'rol'"),
+        ("los: rlo", "unknown argument 'los' in "),
+        ("loss: rlo:k=-1", "argument --rlo-loss: "),
+    ):
+        config.write_text(line + "\n")
+        with pytest.raises(SystemExit):
+            train("-c", str(config), shape=NEWEST)
+        assert message in capsys.readouterr().err
+
+
+def test_multi_label_targets_take_the_binary_form_with_class_weights(train: Train) -> None:
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0]).double()
+    argv = ("--task", "multilabel", "--smoothing", "0.1")
+    argv += ("--class-weight", *[f"{w:g}" for w in weight.tolist()])
+    seen = train(*SPEC, *argv, shape=NEWEST)
+    check(seen, lambda z, q: (weight * binary(z, q.double() * 0.9 + 0.05)).mean())
+
+
+def test_resume_auto_compares_with_the_run_it_goes_on_with(
+    train: Train, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    train("--loss", "rlo:k=3", "--resume", "auto", shape=NEWEST)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    train("--loss", "rlo:k=5", "--resume", "auto", "--epochs", "2", shape=NEWEST)
+    resumed = tmp_path / "last.pth.tar"
+    assert (
+        f"{resumed} was trained with loss 'rlo:k=3'; it goes on with 'rlo:k=5'" in caplog.messages
+    )
+
+
+@pytest.mark.parametrize("shape", ["v0.5", "v1.0.28", NEWEST])
+def test_the_check_prints_slot_criterion_and_weights_and_stops(
+    train: Train, tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train(*SPEC, "--smoothing", "0", "--rlo-check", shape=shape)
+    assert stopped.value.code == 0
+    assert not (tmp_path / "seen.pt").exists()
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("rlo-check: ")]
+    anchor = "after `task" if shape == NEWEST else "before `validate_loss_fn"
+    assert lines[0].startswith(f"rlo-check: slot: {anchor} = ...` in main(), line ")
+    assert lines[1].endswith("in place of CrossEntropyLoss")
+    assert "rlo:k=8,m=10" in lines[1]
+    assert lines[2] == "rlo-check: batch: logits (4, 5) float32, targets (4,) int64"
+
+
+def test_the_weights_of_the_check_are_the_slopes_of_the_link() -> None:
+    from rlo_timm.launcher.check import report
+
+    logits, target = torch.randn(3, 5), torch.tensor([0, 3, 1])
+    ours = create_loss(SPEC[1])
+    text = report(ours, ours.forward, torch.nn.CrossEntropyLoss(), "rlo", "here", logits, target)
+    ce = F.cross_entropy(logits.double(), target, reduction="none")
+    slopes = (M / K * torch.exp(-ce / K)).tolist()
+    shown = text.splitlines()[4].removeprefix("rlo-check: sample weights: ").split()
+    assert [float(x) for x in shown] == pytest.approx(slopes, rel=1e-3)
+
+
+def test_the_check_needs_a_loss(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train("--rlo-check")
+    assert "argument --rlo-check: needs --loss" in capsys.readouterr().err
 
 
 @pytest.mark.slow

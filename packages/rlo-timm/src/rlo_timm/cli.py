@@ -13,7 +13,7 @@ import click
 from rlo_core.cli.groups import FriendlyGroup
 from rlo_core.launch import ScriptError
 
-from rlo_timm.train_command import prepare, train
+from rlo_timm.train_command import evaluate, prepare, push, train
 
 
 class ScriptGroup(FriendlyGroup):
@@ -74,6 +74,8 @@ def run(script: str, args: tuple[str, ...]) -> None:
 
 
 main.add_command(train)
+main.add_command(evaluate)
+main.add_command(push)
 main.add_command(prepare)
 
 

@@ -3,17 +3,23 @@
 From v0.9.16 on train.py imports the modules that `--device-modules` names, inside `main()` and
 right after it has parsed its options. Imported there, this module runs the same script again
 through the launcher, with the same arguments, and ends the process with it: one transform, two ways
-in. `loss` has to come from the YAML file, because the first parse knows no `--loss`.
+in. `loss` comes from the YAML file, because the first parse knows no `--loss`; or, and from timm
+1.0.30 on only so, because that release refuses names in the file that it does not know, from the
+environment: `RLO_LOSS=rlo:k=8,m=10 python train.py --device-modules rlo_timm.hook ...`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from rlo_core.launch import ScriptError, run_script
 
 from rlo_timm.launcher.train_script import SLOT, transform
+
+SPEC_VARIABLE = "RLO_LOSS"
+"""The environment variable that gives the loss where a YAML file cannot."""
 
 
 def _rerun() -> None:
@@ -30,7 +36,12 @@ def _rerun() -> None:
     for handler in logging.root.handlers[:]:
         if type(handler.formatter).__name__ == "FormatterNoInfo":
             logging.root.removeHandler(handler)
-    run_script(path, sys.argv[1:], transform=transform)
+    argv = sys.argv[1:]
+    spec = os.environ.get(SPEC_VARIABLE)
+    if spec:
+        own = any("--loss" in action.option_strings for action in main.parser._actions)
+        argv += ["--rlo-loss" if own else "--loss", spec]
+    run_script(path, argv, transform=transform)
     raise SystemExit(0)
 
 

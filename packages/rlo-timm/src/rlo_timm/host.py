@@ -11,7 +11,6 @@ HOST = Host(
     requires={
         "timm": ">=1.0.12",
         "lightning": ">=2.6",
-        "torchmetrics": ">=1.4",
         "torchvision": ">=0.21",
     },
 )

@@ -1,91 +1,82 @@
-"""`rlo-timm train` and `rlo-timm prepare`: options to settings. Imports no torch."""
+"""`rlo-timm train`, `eval`, `push` and `prepare`: options to settings. Imports no torch."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import sys
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 from rlo_core.errors import RLOError
 
-_HELP = {
-    "dataset": "cifar10, cifar100, tiny-imagenet, food101, imagenet, digits, or a folder of class "
-    "folders or parquet files.",
-    "data_dir": "Where named data sets are, or are downloaded to.",
-    "net": "vgg, res18, res34, res50, res101, vit, vit_small, vit-l, vit_timm, cait, swin, "
-    "convmixer, mlpmixer, simplevit, or any timm model.",
-    "loss": "Training loss, NAME or NAME:option=value,...; `rlo losses` lists them.",
-    "k": "Root of a rooted loss (3 with the default loss).",
-    "m": "Multiplier of a rooted loss (3 with the default loss).",
-    "loss_schedule": "Move k over the run: linear, cosine, geometric or constant, e.g. "
-    "cosine:warmup=0.3.",
-    "size": "Image side in pixels; the data set's own if left out.",
-    "epochs": "Passes over the training images.",
-    "batch_size": "Images a step, on each device.",
-    "opt": "Any optimiser of timm.",
-    "lr": "Step size; 1e-3 for ResNets and 1e-4 otherwise if left out.",
-    "weight_decay": "Weight decay.",
-    "scheduler": "cosine or none.",
-    "warmup_epochs": "Epochs of linear warmup.",
-    "clip_grad": "Largest gradient norm.",
-    "smoothing": "Label smoothing.",
-    "mixup": "alpha of mixup.",
-    "cutmix": "alpha of CutMix.",
-    "augment": "Crop and flip the training images.",
-    "randaugment": "RandAugment, N=2, M=14, besides.",
-    "pretrained": "Start from timm's weights.",
-    "finetune_from": "Start from the weights of a run, a .safetensors or a .ckpt file.",
-    "train_limit": "Use the first N training images only.",
-    "val_limit": "Use the first N validation images only.",
-    "workers": "Data loading processes.",
-    "download": "Let torchvision download a data set that is missing.",
-    "device": "auto, cpu, gpu, mps, ...",
-    "devices": "How many devices.",
-    "strategy": "auto, ddp, or any strategy of Lightning.",
-    "precision": "auto (mixed where the device has it), 32-true, bf16-mixed, 16-mixed, ...",
-    "seed": "Makes the run deterministic.",
-    "wandb": "Log to Weights & Biases too.",
+from rlo_timm.trainer.settings import TrainSettings
+
+_SPELLINGS = {
+    "batch_size": ["-b", "--bs"],
+    "epochs": ["--n-epochs", "--n_epochs"],
+    "scheduler": ["--sched"],
+    "pretrained": ["--pretrained/--no-pretrained"],
+    "clip_grad": ["--clip-grad"],
+    "num_classes": ["--nb-classes"],
+    "model_ema": ["--ema/--no-ema"],
+    "net": ["--model"],
 }
-_FLOATS = {"k", "m", "lr", "weight_decay", "clip_grad", "smoothing", "mixup", "cutmix"}
-_INTEGERS = {"size", "epochs", "batch_size", "warmup_epochs", "train_limit", "val_limit"}
-_INTEGERS |= {"workers", "devices", "seed"}
-_FLAGS = {"augment", "randaugment", "pretrained", "download", "wandb"}
-_SHORT = {"batch_size": ["-b", "--bs"], "epochs": ["--n-epochs"]}
+"""Spellings besides the field's own name: the authors' and timm's."""
 
 
 def _options(command: Any) -> Any:
     """Add an option for each setting; none has a default here, so that YAML can be told apart."""
-    for name, text in reversed(_HELP.items()):
-        dashed = name.replace("_", "-")
-        if name in _FLAGS:
-            both = [f"--{dashed}/--no-{dashed}"]
-            option = click.option(*both, name, default=None, help=text)
+    hints = get_type_hints(TrainSettings)
+    for field in reversed(dataclasses.fields(TrainSettings)):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        dashed, text = field.name.replace("_", "-"), field.metadata["help"]
+        more = _SPELLINGS.get(field.name, [])
+        if bool in kinds:
+            names = dict.fromkeys([f"--{dashed}/--no-{dashed}", *more])
+            option = click.option(*names, field.name, default=None, help=text)
         else:
-            spellings = list(dict.fromkeys([f"--{dashed}", f"--{name}", *_SHORT.get(name, [])]))
-            kind: Any = float if name in _FLOATS else int if name in _INTEGERS else str
-            option = click.option(*spellings, name, type=kind, default=None, help=text)
+            names = dict.fromkeys([f"--{dashed}", f"--{field.name}", *more])
+            kind = float if float in kinds else int if int in kinds else str
+            option = click.option(*names, field.name, type=kind, default=None, help=text)
         command = option(command)
+    return command
+
+
+def _authors_flags(command: Any) -> Any:
+    """Add the switches of the authors' script that are other options of ours."""
+    for flag, text in (
+        ("--noaug", "The same as --no-augment."),
+        ("--noamp", "The same as --precision 32-true."),
+        ("--nowandb", "The same as --no-wandb."),
+    ):
+        command = click.option(flag, flag[2:], is_flag=True, help=text)(command)
     return command
 
 
 @click.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder [runs/...].")
+@click.option("--overwrite", is_flag=True, help="Replace a run that is in --out.")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="YAML file of these options.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Run folder to go on with.")
-@click.option("--print-config", is_flag=True, help="Print the resolved options as YAML and stop.")
+@click.option("--print-config", is_flag=True, help="Print what training would use, and stop.")
 @click.option("--fast-dev-run", "--fast_dev_run", is_flag=True, help="One batch, no files.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @_options
+@_authors_flags
 def train(
     out: Path | None,
+    overwrite: bool,
     config: Path | None,
     resume: Path | None,
     print_config: bool,
     fast_dev_run: bool,
     as_json: bool,
+    noaug: bool,
+    noamp: bool,
+    nowandb: bool,
     **options: Any,
 ) -> None:
     """Train an image classifier with a loss of the family; needs no script.
@@ -93,51 +84,70 @@ def train(
     Without options: a ViT on CIFAR-10 under the rooted loss with k = m = 3, 200 epochs of Adam at
     1e-4. `--dataset digits --net res18 --epochs 2` tries it offline.
     """
-    from rlo_timm.trainer.settings import Settings
-
-    given = {key: value for key, value in options.items() if value is not None}
+    switched = {"augment": noaug, "wandb": nowandb}
+    given: dict[str, Any] = {name: False for name, on in switched.items() if on}
+    if noamp:
+        given["precision"] = "32-true"
+    given |= {key: value for key, value in options.items() if value is not None}
     base: dict[str, Any] = {}
-    checkpoint: Path | None = None
-    seed: int | None = None
     if resume is not None:
         from rlo_timm.trainer.fit import check_resumed, resumable
 
-        old, checkpoint, seed = resumable(resume)
-        base = old.to_dict()
-        out = out or resume
+        old = resumable(resume)
+        base = old.settings.to_dict()
     if config is not None:
         base |= _read_config(config)
+    if {"loss", "k", "m", "loss_schedule"} & set(given) and resume is not None:
+        # The saved loss has its k, m and schedule in it: another loss comes whole.
+        base |= {"k": None, "m": None, "loss_schedule": None}
+        if "loss" not in given:
+            given["loss"] = base["loss"].partition(":")[0]
     source = "options" if config is None else str(config)
-    settings = Settings.from_mapping({**base, **given}, source=source)
-    settings.spec()
-    if resume is not None:
-        check_resumed(old, settings, resume)
+    settings = TrainSettings.from_mapping({**base, **given}, source=source)
     if print_config:
         import yaml
 
-        click.echo(yaml.safe_dump(settings.to_dict(), sort_keys=False), nl=False)
+        from rlo_timm.trainer.plan import make_plan
+
+        if resume is not None:
+            check_resumed(old, settings)
+        resolved = make_plan(settings).settings.to_dict()
+        click.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)
         return
-    import logging
+    from rlo_timm.trainer.fit import train as run
 
-    from rlo_timm.trainer.fit import fit
-
-    # Lightning's notes on devices and products; its warnings stay.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    folder = out or Path("runs") / f"{settings.net}-{datetime.now():%Y%m%d-%H%M%S}"
-    progress = sys.stderr.isatty() and not as_json
-    summary = fit(
+    _show_notes()
+    result = run(
         settings,
-        folder,
-        checkpoint=checkpoint,
-        seed=seed,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
         fast_dev_run=fast_dev_run,
-        progress=progress,
+        progress=sys.stderr.isatty() and not as_json,
     )
     if as_json:
-        document = {"run": None if fast_dev_run else str(folder), "loss": str(settings.spec())}
-        click.echo(json.dumps({**document, **summary}, indent=2))
-    else:
-        _print_table(settings, folder, summary, fast_dev_run)
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2, default=str))
+        return
+    _print_table(f"{settings.net} on {settings.dataset}, {result.loss}", dataclasses.asdict(result))
+    if result.run is not None:
+        click.echo(f"report: {result.run / 'report.html'}")
+
+
+def _show_notes() -> None:
+    """Show the package's own notes on stderr, as plain lines."""
+    logger = logging.getLogger("rlo_timm")
+    if not logger.handlers:
+        logger.addHandler(_Stderr())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -152,18 +162,78 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in document.items()}
 
 
-def _print_table(settings: Any, folder: Path, summary: dict[str, Any], fast: bool) -> None:
+def _print_table(title: str, row: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{settings.net} on {settings.dataset}, {settings.spec()}")
-    for name in summary:
+    shown = {name: value for name, value in row.items() if name not in ("run",)}
+    if "loss" in shown and isinstance(shown["loss"], str):
+        del shown["loss"]
+    table = Table(title=title)
+    for name in shown:
         table.add_column(name, justify="right")
-    table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in summary.values()])
-    console = Console()
-    console.print(table)
-    if not fast:
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in shown.values()])
+    Console().print(table)
+
+
+@click.command("eval")
+@click.argument("model")
+@click.argument("data")
+@click.option("--data-dir", "--data_dir", default="data", show_default=True)
+@click.option("--split", default="validation", show_default=True, help="Of a data set of timm's.")
+@click.option("--val-limit", "--val_limit", type=int, help="Use N images, all classes alike.")
+@click.option("-b", "--batch-size", "--batch_size", default=256, show_default=True)
+@click.option("--workers", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--loss", default="ce", show_default=True, help="Objective to measure besides.")
+@click.option("--download/--no-download", default=True, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def evaluate(
+    model: str,
+    data: str,
+    data_dir: str,
+    split: str,
+    val_limit: int | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    loss: str,
+    download: bool,
+    as_json: bool,
+) -> None:
+    """Measure MODEL (a run folder, a timm model, hf-hub:OWNER/NAME) on the validation part of DATA.
+
+    Top-1, top-5, cross entropy, calibration error, and the objective.
+    """
+    from rlo_timm.trainer.evaluate import evaluate as run
+
+    result = run(
+        model,
+        data,
+        data_dir=data_dir,
+        split=split,
+        limit=val_limit,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        loss=loss,
+        download=download,
+    )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        _print_table(f"{model} on {data}", dataclasses.asdict(result))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Of a repository that is made.")
+def push(run: Path, repository: str, private: bool) -> None:
+    """Upload the model of RUN to the hub as REPOSITORY (OWNER/NAME), where timm finds it."""
+    from rlo_timm.trainer.publish import push as upload
+
+    click.echo(upload(run, repository, private=private))
 
 
 @click.command()
@@ -173,8 +243,6 @@ def _print_table(settings: Any, folder: Path, summary: dict[str, Any], fast: boo
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def prepare(dataset: str, folder: Path, dry_run: bool, as_json: bool) -> None:
     """Move a data set's images into the class folders that readers expect."""
-    import dataclasses
-
     from rlo_timm.trainer.tiny_imagenet import prepare as prepare_tiny
 
     done = prepare_tiny(folder, dry_run=dry_run)

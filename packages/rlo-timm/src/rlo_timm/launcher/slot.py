@@ -24,8 +24,12 @@ from rlo_core.registry import (
 from rlo_core.schedules import set_progress
 from torch import nn
 
+from rlo_timm.launcher.check import check_first_batch, kept
 from rlo_timm.launcher.criteria import counterpart
 from rlo_timm.launcher.schedule import is_scheduled, with_schedule
+from rlo_timm.trainer.names import authors_loss
+
+CHECK_FLAG = "--rlo-check"
 
 _logger = logging.getLogger("rlo_timm")
 
@@ -61,7 +65,7 @@ def _is_ours(value: object, own: Iterable[Any] | None) -> bool:
     """
     if not isinstance(value, str):
         return False
-    name = value.partition(":")[0].strip()
+    name = authors_loss(value).partition(":")[0].strip()
     if own is None:
         return name.startswith("rlo") or (":" in value and name in available_losses())
     return name not in list(own) and name in available_losses()
@@ -72,10 +76,12 @@ class Slot:
 
     Args:
         progress: Whether the script's loops tell `epoch` and `batch`, as schedules need.
+        found: Where in the script the loss is taken, for `--rlo-check`.
     """
 
-    def __init__(self, *, progress: bool) -> None:
+    def __init__(self, *, progress: bool, found: str = "") -> None:
         self._progress = progress
+        self._found = found
         self._flag = "--loss"
         self._dest = "loss"
         self._schedule_flag = "--loss-schedule"
@@ -117,7 +123,14 @@ class Slot:
             help="move k over the run: linear, cosine, geometric or constant, with options, e.g. "
             "cosine:warmup=0.3,k_start=20 (default warmup: 1, the whole run; k_start: inf)",
         )
-        ours = frozenset({self._flag, self._schedule_flag})
+        group.add_argument(
+            CHECK_FLAG,
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="print where the loss is taken, what it replaces, and the weight that each sample "
+            "of the first batch gets, then stop",
+        )
+        ours = frozenset({self._flag, self._schedule_flag, CHECK_FLAG})
         kind = type(parser)
         parser.__class__ = type(kind.__name__, (_Unabbreviated, kind), {"unabbreviated": ours})
 
@@ -135,11 +148,12 @@ class Slot:
             self._take_from_host(args)
         schedule_dest = self._schedule_flag[2:].replace("-", "_")
         if getattr(args, self._dest, None) is None:
-            if getattr(args, schedule_dest, None) is not None:
-                parser.error(f"argument {self._schedule_flag}: needs {self._flag}")
+            for flag, dest in ((self._schedule_flag, schedule_dest), (CHECK_FLAG, "rlo_check")):
+                if getattr(args, dest, None) not in (None, False):
+                    parser.error(f"argument {flag}: needs {self._flag}")
             return
         try:
-            spec = parse_spec(getattr(args, self._dest))
+            spec = parse_spec(authors_loss(getattr(args, self._dest)))
             setattr(args, self._dest, str(spec))
             spec = self._spec(args)
             self._check_paths(spec, args)
@@ -174,6 +188,7 @@ class Slot:
         mixup = any(getattr(args, name, None) for name in ("mixup", "cutmix", "cutmix_minmax"))
         smoothing = 0.0 if mixup else float(getattr(args, "smoothing", 0.0) or 0.0)
         binary = getattr(args, "bce_loss", False) or getattr(args, "loss", None) == "bce"
+        binary = binary or getattr(args, "task", None) == "multilabel"
         # As train.py has it: bce without smoothing or mixup is plain cross entropy in old releases.
         if binary:
             create_binary_loss(spec)
@@ -185,6 +200,8 @@ class Slot:
             return train_loss_fn
         spec = self._spec(args)
         name = type(train_loss_fn).__name__
+        checking = bool(getattr(args, "rlo_check", False))
+        host = kept(train_loss_fn) if checking else train_loss_fn
         ours = counterpart(train_loss_fn, spec)
         if is_scheduled(spec):
             self._scheduled = ours
@@ -194,7 +211,7 @@ class Slot:
         if int(getattr(args, "rank", None) or getattr(args, "local_rank", None) or 0) == 0:
             _logger.info("training loss: %s, in place of %s", spec, name)
             self._compare_with_resumed(args)
-        return ours
+        return check_first_batch(ours, host, str(spec), self._found) if checking else ours
 
     def task(self, task: Any, args: argparse.Namespace) -> None:
         """Replace the criterion of a `timm.task`, before it is compiled or distributed."""
@@ -204,6 +221,9 @@ class Slot:
     def _compare_with_resumed(self, args: argparse.Namespace) -> None:
         """Warn when a resumed run goes on with another loss than it began with."""
         resumed = getattr(args, "resume", None)
+        if resumed == "auto":  # timm 1.0.30: the experiment's own last checkpoint
+            own = [getattr(args, name, None) or "" for name in ("output", "experiment")]
+            resumed = str(Path(*own, "last.pth.tar"))
         saved = Path(resumed).parent / "args.yaml" if resumed else None
         if saved is None or not saved.is_file():
             return

@@ -54,7 +54,7 @@ def transform(tree: ast.Module) -> ast.Module:
         tree.body,
         parser,
         f"import rlo_timm.launcher.slot as {SLOT}\n"
-        f"{SLOT} = {SLOT}.Slot(progress={progress})\n"
+        f"{SLOT} = {SLOT}.Slot(progress={progress}, found={criterion.where!r})\n"
         f"{SLOT}.add_options(parser)\n",
     )
     insert_after(parse.body, parse.statement, f"{SLOT}.check(parser, args)")
@@ -80,6 +80,12 @@ class _Anchor:
     statement: ast.stmt
     body: list[ast.stmt]
     before: bool = False
+
+    @property
+    def where(self) -> str:
+        """Return which statement it is, in words."""
+        side, what = ("before", "validate_loss_fn") if self.before else ("after", "task")
+        return f"{side} `{what} = ...` in main(), line {self.statement.lineno}"
 
 
 def _parse_args(tree: ast.Module) -> _Anchor | None:

@@ -1,25 +1,30 @@
-"""Labelled pictures from any source, as torch data sets with a transform."""
+"""Labelled pictures from any source, as one torch data set that timm's loader takes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from rlo_core.errors import DataError
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_COLUMNS = ("img", "image", "images", "picture", "pixels")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "y")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+IN_MEMORY_BYTES = 2 * 1024**3
+"""Parquet files of more pictures than this are read row group by row group."""
 
 
 class Source(Protocol):
@@ -27,85 +32,169 @@ class Source(Protocol):
 
     labels: Sequence[int]
 
-    def image(self, index: int) -> Image:
-        """Return one picture."""
+    def sample(self, index: int) -> tuple[Image, int]:
+        """Return one picture and its label."""
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """The first `limit` pictures of a source, each transformed when it is asked for.
+class Batch(list[int]):
+    """The picture numbers of one batch, and the seed of its random numbers (None: none are drawn).
 
-    With a `seed` the transform's random numbers depend on it, on `epoch` and on the picture alone:
-    not on the process that does it, nor on how many came before.
+    It is what a worker is sent, so augmentation depends on the batch and not on the worker.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[[Any], Tensor],
-        *,
-        limit: int | None = None,
-        seed: int | None = None,
-    ) -> None:
+    seed: int | None = None
+
+
+class Pictures(Dataset[tuple[Any, int]]):
+    """Pictures `indices` of a source; `transform` is set by timm's `create_loader`.
+
+    Asked for a `Batch`, it seeds the three generators that transforms draw from (Python's, numpy's
+    and torch's) once, and in the training process puts them back afterwards: a batch is the same
+    with any number of workers. Seeding each picture costs more than decoding a small one.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int] | None = None) -> None:
         self.source = source
-        self.transform = transform
-        self.seed, self.epoch = seed, 0
-        self.length = min(len(source.labels), limit or len(source.labels))
+        self.indices = range(len(source.labels)) if indices is None else indices
+        self.transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not 0 <= index < self.length:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        image, label = self.source.image(index), int(self.source.labels[index])
-        if self.seed is None:
-            return self.transform(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.epoch, index)))  # of integers: always the same
-            return self.transform(image), label
+        image, label = self.source.sample(self.indices[index])
+        return (image if self.transform is None else self.transform(image)), label
+
+    def __getitems__(self, batch: list[int]) -> list[tuple[Any, int]]:
+        """Return the samples of a batch (torch's loader asks for them at once)."""
+        with _seeded(getattr(batch, "seed", None)):
+            return [self[index] for index in batch]
+
+    def labels(self) -> list[int]:
+        """Return the label of each picture."""
+        return [int(self.source.labels[i]) for i in self.indices]
+
+    def blocks(self) -> list[range]:
+        """Return the ranges that are best read together: one, or a row group each."""
+        groups: list[range] | None = getattr(self.source, "groups", None)
+        whole = range(len(self))
+        return groups if groups and len(self) == len(self.source.labels) else [whole]
 
     def fingerprint(self) -> str:
         """Return a hash of the labels and of the first, middle and last pictures."""
-        digest = hashlib.sha256(bytes(str(list(self.source.labels[: self.length])), "ascii"))
-        for index in sorted({0, self.length // 2, self.length - 1}):
-            digest.update(self.source.image(index).convert("RGB").tobytes())
+        digest = hashlib.sha256(bytes(str(self.labels()), "ascii"))
+        for index in sorted({0, len(self) // 2, len(self) - 1}):
+            image, _ = self.source.sample(self.indices[index])
+            digest.update(image.convert("RGB").tobytes())
         return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    own = get_worker_info() is None
+    if own:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPU's too
+    yield
+    if own:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def stratified(labels: Sequence[int], limit: int | None) -> Sequence[int]:
+    """Return the numbers of `limit` pictures, in order, with each class's share of the whole.
+
+    The first pictures of each class are taken. Without a limit, or with one that is no limit, all.
+
+    Example:
+        >>> list(stratified([0, 0, 0, 0, 1, 1], 3))
+        [0, 1, 4]
+    """
+    count = len(labels)
+    if limit is None or limit >= count:
+        return range(count)
+    array = np.asarray(labels)
+    order = np.argsort(array, kind="stable")  # class by class, in the data's order
+    # Position of each picture within its class over the size of the class: the smallest are taken.
+    sizes = np.bincount(array)
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    share = (np.arange(count) - starts[array[order]] + 0.5) / sizes[array[order]]
+    taken = order[np.argsort(share, kind="stable")[:limit]]
+    return [int(i) for i in np.sort(taken)]
 
 
 class ParquetSource:
     """An image column (encoded bytes, or a struct with `bytes`) and a label column.
 
+    The bytes stay in Arrow's memory; files of more than `IN_MEMORY_BYTES` stay on disk, and a row
+    group is read when one of its pictures is asked for.
+
     Raises:
         DataError: no pyarrow, no such columns, or labels that are not integers from 0.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], *, in_memory: int = IN_MEMORY_BYTES) -> None:
         try:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise DataError(
                 "parquet files need pyarrow: pip install 'rlo-timm[parquet]'"
             ) from error
-        tables = [pq.read_table(file) for file in files]
-        names = tables[0].column_names
-        image = _column(names, IMAGE_COLUMNS, "image", files[0])
+        opened = [pq.ParquetFile(file, memory_map=True) for file in files]
+        names = opened[0].schema_arrow.names
+        self._image = _column(names, IMAGE_COLUMNS, "image", files[0])
         label = _column(names, LABEL_COLUMNS, "label", files[0])
-        self._bytes: list[bytes] = []
         labels: list[Any] = []
-        for table in tables:
-            rows = table[image].to_pylist()
-            self._bytes += [row["bytes"] if isinstance(row, dict) else row for row in rows]
-            labels += table[label].to_pylist()
+        for file in opened:
+            labels += file.read([label])[label].to_pylist()
         if not all(isinstance(value, int) and value >= 0 for value in labels):
             raise DataError(f"column {label!r} of {str(files[0])!r} must hold integers from 0")
         self.labels: Sequence[int] = labels
-        self.classes = _class_names(tables[0].schema.metadata or {}, label)
+        self.classes = _class_names(opened[0].schema_arrow.metadata or {}, label)
+        self._files = list(files)
+        metas = [
+            (f, g, o.metadata.row_group(g))
+            for f, o in enumerate(opened)
+            for g in range(o.num_row_groups)
+        ]
+        self._groups = [(file, group) for file, group, _ in metas]
+        rows = np.cumsum([0, *(meta.num_rows for _, _, meta in metas)])
+        self._starts = rows[:-1]
+        size = sum(meta.total_byte_size for _, _, meta in metas)
+        self._kept = len(metas) if size <= in_memory else 2
+        streams = size > in_memory
+        self.groups = [range(a, b) for a, b in itertools.pairwise(rows)] if streams else None
+        self._read: dict[int, Any] = {}
 
-    def image(self, index: int) -> Image:
+    def sample(self, index: int) -> tuple[Image, int]:
         from PIL import Image as Pillow
 
-        with Pillow.open(io.BytesIO(self._bytes[index])) as picture:
-            return picture.convert("RGB")
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        cell = self._column_of(group)[index - int(self._starts[group])].as_py()
+        data = cell["bytes"] if isinstance(cell, dict) else cell
+        with Pillow.open(io.BytesIO(data)) as picture:
+            return picture.convert("RGB"), self.labels[index]
+
+    def _column_of(self, group: int) -> Any:
+        if group not in self._read:
+            import pyarrow.parquet as pq
+
+            while len(self._read) >= self._kept:
+                self._read.pop(next(iter(self._read)))
+            file, number = self._groups[group]
+            table = pq.ParquetFile(self._files[file], memory_map=True).read_row_group(
+                number, [self._image]
+            )
+            self._read[group] = table[self._image]
+        return self._read[group]
 
 
 def _column(names: Sequence[str], known: Sequence[str], what: str, file: Path) -> str:
@@ -126,49 +215,58 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
         return None
 
 
-class FolderSource:
-    """`ROOT/CLASS/...image`: classes are the folders of `classes`, in their order."""
+class DatasetSource:
+    """A data set of timm or torchvision that has its labels at hand."""
 
-    def __init__(self, root: Path, classes: Sequence[str]) -> None:
-        self.classes: list[str] | None = list(classes)
-        found = [(path, i) for i, name in enumerate(classes) for path in images_in(root / name)]
-        if not found:
-            raise DataError(f"no images in the class folders of {str(root)!r}")
-        self._paths = [path for path, _ in found]
-        self.labels: Sequence[int] = [label for _, label in found]
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset = dataset
+        self.labels: Sequence[int] = _labels_of(dataset, name)
+        self.classes = _classes_of(dataset)
+        reader = getattr(dataset, "reader", None)
+        self._files: Any = reader if hasattr(reader, "samples") else None
 
-    def image(self, index: int) -> Image:
-        from PIL import Image as Pillow
+    def sample(self, index: int) -> tuple[Image, int]:
+        if self._files is not None:  # timm leaves its files to be closed by whoever comes by
+            from PIL import Image as Pillow
 
-        with Pillow.open(self._paths[index]) as picture:  # it holds the file until it is decoded
-            return picture.convert("RGB")
+            file, label = self._files[index]
+            with contextlib.suppress(OSError), file:
+                return Pillow.open(file).convert("RGB"), int(label)
+        image, label = self.dataset[index]  # timm's own, which passes over what it cannot read
+        return image, int(label)
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Return the images below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+def _labels_of(dataset: Any, name: str) -> Sequence[int]:
+    """Return the labels without decoding a picture."""
+    reader = getattr(dataset, "reader", None)
+    samples = getattr(reader, "samples", None)
+    if samples is not None:  # folders, tar files
+        return [int(label) for _, label in samples]
+    table, key = getattr(reader, "dataset", None), getattr(reader, "label_key", None)
+    if table is not None and key is not None:  # hfds/
+        return [int(label) for label in table[key]]
+    for attribute in ("targets", "_labels", "labels"):  # torchvision
+        if (found := getattr(dataset, attribute, None)) is not None:
+            return [int(label) for label in found]
+    raise DataError(f"dataset {name!r} does not say its labels ({type(dataset).__name__})")
+
+
+def _classes_of(dataset: Any) -> list[str] | None:
+    reader = getattr(dataset, "reader", None)
+    index = getattr(reader, "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
+    if index:
+        return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
+    features = getattr(getattr(reader, "dataset", None), "features", None)
+    names = getattr((features or {}).get(getattr(reader, "label_key", "")), "names", None)
+    return list(names) if names else None
 
 
 class ListSource:
-    """Pictures that are in memory or in a torchvision data set, by a function of the index."""
+    """Pictures that are in memory."""
 
-    def __init__(
-        self, picture: Callable[[int], Image], labels: Sequence[int], classes: Sequence[str]
-    ) -> None:
-        self._picture = picture
+    def __init__(self, pictures: Sequence[Image], labels: Sequence[int]) -> None:
+        self._pictures = pictures
         self.labels = labels
-        self.classes: list[str] | None = list(classes)
 
-    def image(self, index: int) -> Image:
-        return self._picture(index)
-
-
-class PartSource:
-    """Some of the pictures of another source."""
-
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._source, self._indices = source, indices
-        self.labels: Sequence[int] = [source.labels[i] for i in indices]
-
-    def image(self, index: int) -> Image:
-        return self._source.image(self._indices[index])
+    def sample(self, index: int) -> tuple[Image, int]:
+        return self._pictures[index], self.labels[index]
