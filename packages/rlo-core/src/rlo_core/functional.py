@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlo_core._arguments import check_binary, check_classes, check_reduction
 from rlo_core._cpu_rows import is_plain, row_loss
+from rlo_core._cpu_soft_rows import bounded_root, is_soft_row, soft_row_loss
 from rlo_core._cross_entropy import CrossEntropy, HalfCrossEntropy, wide_dtype
 from rlo_core._cross_entropy import apply_link as apply_link
 from rlo_core.links import CE, DFT, GCE, Focal, Link, Poly1, Rooted, RootedConvex
@@ -76,9 +77,43 @@ def link_cross_entropy(
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
+    root = bounded_root(link) if weight is None else None
+    if root is not None and (label_smoothing > 0.0 or target.is_floating_point()):
+        fast = _soft_rows(logits, target, link, root, ignore_index, label_smoothing, reduction)
+        if fast is not None:
+            return fast
     if target.is_floating_point():
         return _soft(logits, target, link, weight, label_smoothing, reduction)
     return _hard(logits, target, link, weight, ignore_index, label_smoothing, reduction)
+
+
+def _soft_rows(
+    logits: Tensor,
+    target: Tensor,
+    link: Link,
+    root: tuple[float, float],
+    ignore_index: int,
+    smoothing: float,
+    reduction: Reduction,
+) -> Tensor | None:
+    """Return the loss in one pass where that is possible, else None."""
+    if not is_soft_row(logits, target):
+        return None
+
+    def composed(z: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return _soft(z, target, link, None, smoothing, reduction)
+        return _hard(z, target, link, None, ignore_index, smoothing, reduction)
+
+    return soft_row_loss(
+        logits,
+        target,
+        root,
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        reduction=reduction,
+        composed=composed,
+    )
 
 
 def _hard(
