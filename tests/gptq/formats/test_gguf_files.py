@@ -23,6 +23,7 @@ from rlo_gptq.formats.gguf.finish import file_name, write_dense
 from rlo_gptq.formats.gguf.tokenizer import tokenizer_metadata
 from rlo_gptq.formats.gguf.types import GGUFError
 from rlo_gptq.models.source import ModelSource
+from rlo_gptq.packed.quant_linear import QuantLinear
 
 gguf = pytest.importorskip("gguf")
 
@@ -294,3 +295,50 @@ def test_the_splitting_of_text_is_named_or_refused(llama: Path, tmp_path: Path) 
 def test_the_type_of_the_source_leaves_its_name() -> None:
     assert file_name("models/Tiny-1B.Q4_1.gguf", "Q5_0") == "Tiny-1B-Q5_0.gguf"
     assert file_name("org/Tiny-1B", "Q4_K_M") == "Tiny-1B-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["--wbits", "4", "--integer-zero", "--groupsize", "32"], "Q4_0"),
+        (["--wbits", "4", "--asym", "--integer-zero"], "Q4_1"),
+        (["--wbits", "8", "--integer-zero"], "Q8_0"),
+    ],
+)
+def test_an_export_holds_the_checkpoint_s_own_codes(
+    llama: Path, text: Path, tmp_path: Path, words: list[str], kind: str
+) -> None:
+    import rlo_gptq
+
+    out, folder = tmp_path / "ours", tmp_path / "gguf"
+    sizes = ["--nsamples", "2", "--seqlen", "32", "--save", str(out)]
+    run("quantize", str(llama), str(text), *words, *sizes)
+    run("export", str(out), "--format", "gguf", "--out", str(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=f"ours-{kind}.gguf", dtype=torch.float32
+    )
+    ours = rlo_gptq.load(out)
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantLinear):
+            expected = module.dequantize()
+            found = model.get_submodule(name).weight
+            assert (found - expected).abs().max() < 1e-3 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--wbits", "2", "--integer-zero"], "hold 4, 5 or 8 bits, got 2 bits; quantize the model"),
+        (["--wbits", "4", "--integer-zero", "--groupsize", "16"], "whole blocks of 32 columns"),
+        (["--wbits", "4", "--integer-zero", "--scale-dtype", "float32"], "scales must be float16"),
+    ],
+)
+def test_an_export_that_would_have_to_round_again_is_refused(
+    llama: Path, text: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    out, folder = tmp_path / "ours", tmp_path / "gguf"
+    sizes = ["--nsamples", "2", "--seqlen", "32", "--save", str(out)]
+    run("quantize", str(llama), str(text), *words, *sizes)
+    result = run("export", str(out), "--format", "gguf", "--out", str(folder), ok=False)
+    assert message in result.output
+    assert not folder.exists()

@@ -19,10 +19,11 @@ from rlo_gptq.cli.options import MB
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["gptq", "compressed-tensors"]),
+    type=click.Choice(["gptq", "compressed-tensors", "gguf"]),
     default="gptq",
     show_default=True,
-    help="gptq: for auto-gptq, GPTQModel, transformers; compressed-tensors: for vLLM at any bits.",
+    help="gptq: for auto-gptq, GPTQModel, transformers; compressed-tensors: for vLLM at any bits; "
+    "gguf: for llama.cpp, 4 or 8 bits in groups of 32 columns or multiples.",
 )
 @click.option("--out", type=shared.new_folder, help="The new folder; by default FOLDER-FORMAT.")
 @shared.peers
@@ -31,6 +32,10 @@ def export(
     folder: Path, format_: str, out: Path | None, peers: tuple[str, ...], as_json: bool
 ) -> None:
     """Write the quantized model in FOLDER in a format that other tools read."""
+    if peers and format_ == "gguf":
+        raise click.UsageError(
+            "--verify-with takes no GGUF file; scripts/verify_gguf.py runs it in llama.cpp"
+        )
     check_peers(peers, (format_,))
     document = export_and_verify(folder, out, format_, peers)
     click.echo(json.dumps(document, indent=2) if as_json else described(document))

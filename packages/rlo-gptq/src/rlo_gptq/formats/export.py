@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rlo_gptq.models.layout import Layout
     from rlo_gptq.settings import LayerSettings
 
-ExportFormat = Literal["gptq", "compressed-tensors"]
+ExportFormat = Literal["gptq", "compressed-tensors", "gguf"]
 NOTE = "rlo-gptq-export.json"
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 
@@ -51,7 +51,7 @@ class Exported:
 
     Args:
         folder: The new checkpoint.
-        format: "gptq" or "compressed-tensors".
+        format: "gptq", "compressed-tensors" or "gguf".
         checkpoint_format: For GPTQ "gptq" (version 1) or "gptq_v2".
         layers: Quantized layers.
         bytes: Of the weight files.
@@ -70,7 +70,8 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
     Args:
         folder: A folder made by `rlo-gptq quantize`.
         out: The new folder; must not exist, or be empty.
-        format: "gptq" writes version 1 where every zero is 2^(bits-1), else version 2.
+        format: "gptq" writes version 1 where every zero is 2^(bits-1), else version 2; "gguf"
+            writes one file, whose blocks hold the codes and scales as they are.
 
     Raises:
         FormatError: the format cannot hold the checkpoint; nothing is left behind.
@@ -86,9 +87,14 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
         raise FormatError(
             f"{str(folder)!r} must be quantized by {METHOD}, got {found.get('quant_method')!r}"
         )
-    checkpoint = _Checkpoint(folder, RLOGPTQConfig.from_dict(found))
+    checkpoint = Checkpoint(folder, RLOGPTQConfig.from_dict(found))
     _check_settings(checkpoint.settings, experts=checkpoint.config.split_experts)
     with new_folder(out, FormatError) as partial:
+        if format == "gguf":
+            from rlo_gptq.formats.gguf.export import write_export
+
+            layers, size = write_export(folder, partial, checkpoint.config)
+            return Exported(out, format, None, layers, size)
         version_, layers, size = checkpoint.write(partial, format)
         note = {"checkpoint_format": version_, "layers": layers, "bytes": size}
         origin = file_digests(weight_files(folder))
@@ -168,7 +174,7 @@ def _check_whole(modules: Mapping[str, list[int] | None]) -> None:
         )
 
 
-class _Checkpoint:
+class Checkpoint:
     """A folder of ours, read layer by layer."""
 
     def __init__(self, folder: Path, config: RLOGPTQConfig) -> None:

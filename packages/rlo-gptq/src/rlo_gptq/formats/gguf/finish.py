@@ -141,7 +141,7 @@ def write_gguf(
         linear = source.model.get_submodule(name)
         shapes[f"{name}.weight"] = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
     path = work.folder / file_name(base, options.gguf)
-    writer = _FileOf(source, options.gguf, origin=gguf_origin(options.model))
+    writer = file_of(source, options.gguf, origin=gguf_origin(options.model))
     size = writer.write(path, shapes, loads, packed=packed, base=base)
     write_text(work.folder / "README.md", _card(path.name, base, options, size, writer.kinds))
     work.finish()
@@ -168,7 +168,7 @@ def write_dense(source: ModelSource, path: Path, *, kind: str, base: str) -> int
         return found
 
     loads = {name: partial(load, name) for name in names}
-    return _FileOf(source, kind, origin=None).write(path, shapes, loads, packed=set(), base=base)
+    return file_of(source, kind, origin=None).write(path, shapes, loads, packed=set(), base=base)
 
 
 def _stored_names(source: ModelSource) -> list[str]:
@@ -182,14 +182,43 @@ def _tensor(part: Path, key: str) -> Tensor:
     return tensor
 
 
-class _FileOf:
-    """The entries and metadata of one model's file."""
+def file_of(source: ModelSource, kind: str, *, origin: Path | None) -> FileOf:
+    """Return the file of a model that is not quantized yet."""
+    return FileOf(
+        source.config.to_dict(),
+        source.folder,
+        mixture_of(source, kind).of,
+        kind=kind,
+        origin=origin,
+        stored=source.stored,
+    )
 
-    def __init__(self, source: ModelSource, kind: str, *, origin: Path | None) -> None:
-        self.source, self.kind, self.origin = source, kind, origin
-        self.config = source.config.to_dict()
-        self.architecture: Architecture = architecture_of(self.config)
-        self.mixture = mixture_of(source, kind)
+
+class FileOf:
+    """The entries and metadata of one model's file.
+
+    Args:
+        config: The model's `config.json`.
+        folder: With its tokenizer.
+        kind_of: Returns the type of a matrix from llama.cpp's name and the columns.
+        kind: Of the file, a key of `FILE_TYPES`.
+        origin: A GGUF file whose metadata is copied.
+        stored: Types in which dense tensors were stored, by their names.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        folder: Path,
+        kind_of: Callable[[str, int], str],
+        *,
+        kind: str,
+        origin: Path | None,
+        stored: Mapping[str, torch.dtype],
+    ) -> None:
+        self.kind, self.origin, self.kind_of = kind, origin, kind_of
+        self.config, self.folder, self.stored = config, folder, stored
+        self.architecture: Architecture = architecture_of(config)
         self.kinds: dict[str, str] = {}
 
     def write(
@@ -222,9 +251,9 @@ class _FileOf:
         if not matrix:
             kind = "F32"
         elif packed or not inside or self.kind in ("F32", "F16", "BF16"):
-            kind = self.mixture.of(to, shape[1])
+            kind = self.kind_of(to, shape[1])
         else:  # left out by --skip
-            kind = "BF16" if self.source.stored.get(name) == torch.bfloat16 else "F16"
+            kind = "BF16" if self.stored.get(name) == torch.bfloat16 else "F16"
         norm = not matrix and name.endswith("norm.weight")
         offset = self.architecture.gain_offset if norm else 0.0
         rows = rows_of(self.architecture, name, self.config)
@@ -264,7 +293,7 @@ class _FileOf:
             for key, value in hyperparameters(self.config).items():
                 found[f"{self.architecture.name}.{key}"] = value
             vocabulary = int(self.config["vocab_size"])
-            found.update(tokenizer_metadata(self.source.folder, vocabulary))
+            found.update(tokenizer_metadata(self.folder, vocabulary))
         else:
             for key, value, kind, element in copied_metadata(self.origin):
                 found[key] = (_type_name(kind, element), value)
