@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlo_gptq.settings import LayerSettings, TuneSettings
+from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
 
 PLAIN = "plain"
 """The Hessian of unweighted tokens."""
@@ -34,6 +34,7 @@ class Options:
         hessian_energy: Weight them by that loss's squared gradient instead of by its slope.
         rotate: "fold" folds random rotations into the weights before anything else.
         tune: Finetune each block's scales and norms against its dense output; None does not.
+        end_to_end: Finetune the packed model against the dense one's output; None does not.
         formats: Other formats it is going to be written in; what they cannot hold is refused before
             anything is done.
         gguf: The type of a GGUF file to make instead of a checkpoint, e.g. "Q4_K_M".
@@ -55,14 +56,19 @@ class Options:
     hessian_energy: bool = False
     rotate: str | None = None
     tune: TuneSettings | None = None
+    end_to_end: EndToEndSettings | None = None
     formats: tuple[str, ...] = ()
     gguf: str | None = None
 
     def decisions(self) -> dict[str, Any]:
-        """Return what decides the codes: not where the model is, nor how activations are kept."""
+        """Return what decides the codes: not where the model is, nor how activations are kept.
+
+        Nor what is done with the checkpoint afterwards.
+        """
         deciding = asdict(self)
         for name in ("model", "dataset", "offload", "trust_remote_code", "split", "formats"):
             del deciding[name]
+        del deciding["end_to_end"]
         return deciding
 
 

@@ -186,6 +186,55 @@ class TuneSettings:
             )
 
 
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How a packed model is finetuned against the dense model's output, see `tuning/`.
+
+    Args:
+        steps: Steps of Adam.
+        learning_rate: Relative to a scale, or to the size of another tensor; rises over the first
+            twentieth of the steps and falls to 0.
+        batch: Sequences of a step.
+        nsamples: Sequences of the text that are used; one in eight of them is held out.
+        seqlen: Tokens in each; None is the model's length, at most 2048.
+        top_k: Tokens of the dense model's distribution that are kept; the rest is one event.
+        loss: A loss spec by whose slope at the dense model's cross entropy tokens are weighted;
+            "ce" weights all alike.
+        embeddings: Train embeddings and the output layer too, where they are stored unpacked.
+        evaluations: How often the sequences held out are looked at, and the state is saved.
+        seed: Of the sequences and of their order.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    steps: int = 200
+    learning_rate: float = 5e-3
+    batch: int = 2
+    nsamples: int = 256
+    seqlen: int | None = None
+    top_k: int = 64
+    loss: str = "ce"
+    embeddings: bool = True
+    evaluations: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "top_k", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tuning {name} must be at least 1, got {getattr(self, name)}")
+        if self.nsamples < 2:
+            raise ValueError(
+                f"tuning needs at least 2 sequences, one to be held out, got {self.nsamples}"
+            )
+        if self.seqlen is not None and self.seqlen < 2:
+            raise ValueError(f"tuning seqlen must be at least 2, got {self.seqlen}")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(
+                f"tuning learning rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
+
+
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     # `True in (1, 2)` holds, and 2.0 == 2: neither is a number of bits.
     if not any(type(value) is type(choice) and value == choice for choice in choices):

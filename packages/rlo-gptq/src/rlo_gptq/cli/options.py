@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,21 @@ from typing import Any
 import click
 
 MB = 1e6
+
+
+def print_plan(document: dict[str, Any], *, as_json: bool) -> None:
+    """Print what would be done, and what it would take."""
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    for name, value in document.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+        elif name.endswith("_bytes") and value is not None:
+            shown = f"{value / MB:,.1f} MB"
+        else:
+            shown = str(value)
+        click.echo(f"{name.replace('_', ' '):28} {shown}")
 
 
 def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], Any]:

@@ -10,7 +10,9 @@ import click
 
 from rlo_gptq.cli import options as shared
 from rlo_gptq.cli.formats import check_peers, described, export_and_verify
-from rlo_gptq.cli.options import MB, both_spellings
+from rlo_gptq.cli.options import MB, both_spellings, print_plan
+from rlo_gptq.cli.tune import described as tuning_described
+from rlo_gptq.cli.tune import tuning_options, tuning_settings
 from rlo_gptq.pipeline.run import run_quantization as run_quantization
 from rlo_gptq.settings import METHODS, LayerSettings, TuneSettings
 
@@ -95,13 +97,20 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tune",
-    is_flag=True,
-    help="Finetune each block's scales and norms against its own dense output.",
+    type=click.Choice(["block", "e2e"]),
+    is_flag=False,
+    flag_value="block",
+    multiple=True,
+    help="block (--tune alone): finetune each block's scales and norms against its own dense "
+    "output; e2e: afterwards the whole model against the dense one's. Repeatable.",
 )
-@both_spellings("tune-epochs", type=click.IntRange(min=1), help="Passes over the sequences: 5.")
 @both_spellings(
-    "tune-lr", type=click.FloatRange(0, 1, min_open=True), help="Relative to a scale: 0.01."
+    "tune-epochs", type=click.IntRange(min=1), help="block: passes over the sequences: 5."
 )
+@both_spellings(
+    "tune-lr", type=click.FloatRange(0, 1, min_open=True), help="block: relative to a scale: 0.01."
+)
+@tuning_options(short=False)
 @click.option("--nsamples", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--seqlen",
@@ -170,7 +179,7 @@ def quantize(
     peers: tuple[str, ...],
     hessian: str,
     hessian_energy: bool,
-    tune: bool,
+    tune: tuple[str, ...],
     tune_epochs: int | None,
     tune_lr: float | None,
     nsamples: int,
@@ -200,6 +209,7 @@ def quantize(
     trust_remote_code: bool,
     dry_run: bool,
     as_json: bool,
+    **of_tuning: Any,
 ) -> None:
     """Quantize MODEL (hub name, folder, GGUF), calibrated on DATASET (wikitext2, c4, ptb, path)."""
     if qfn == "a":
@@ -231,15 +241,21 @@ def quantize(
         raise click.UsageError("--verify-with needs --format")
     if hessian == "plain" and hessian_energy:
         raise click.UsageError("--hessian-energy needs --hessian SPEC")
+    excluded = {"--compat": compat is not None, "--unbiased": unbiased}
     tuning = _tune_settings(
-        tune,
+        "block" in tune,
         tune_epochs,
         tune_lr,
-        excluded={
-            "--compat": compat is not None,
-            "--unbiased": unbiased,
-        },
+        excluded=excluded,
     )
+    end_to_end = None
+    if "e2e" in tune:
+        _refuse_excluded(excluded)
+        end_to_end = tuning_settings(of_tuning, seqlen=seqlen, seed=seed)
+    else:
+        for name, value in of_tuning.items():
+            if value is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --tune e2e")
     rotated = incoh_processing or pre_proj
     kind = incoherence or (("kronecker" if compat else "hadamard") if rotated else "none")
     try:
@@ -285,6 +301,7 @@ def quantize(
         hessian_energy=hessian_energy,
         rotate=rotate,
         tune=tuning,
+        end_to_end=end_to_end,
         formats=formats,
         gguf=gguf,
     )
@@ -387,6 +404,8 @@ def _show(document: dict[str, Any]) -> None:
             f"blocks tuned: mean error on held-out sequences {document['block_error_before']:.4g} "
             f"-> {document['block_error_after']:.4g}"
         )
+    if "end_to_end" in document:
+        click.echo(tuning_described(document["end_to_end"]))
     for exported in document["exports"]:
         click.echo(described(exported))
 
@@ -402,13 +421,17 @@ def _tune_settings(
     if not tune:
         for name, value in (("--tune-epochs", epochs), ("--tune-lr", learning_rate)):
             if value is not None:
-                raise click.UsageError(f"{name} needs --tune")
+                raise click.UsageError(f"{name} needs --tune block")
         return None
+    _refuse_excluded(excluded)
+    default = TuneSettings()
+    return TuneSettings(epochs or default.epochs, learning_rate or default.learning_rate)
+
+
+def _refuse_excluded(excluded: dict[str, bool]) -> None:
     for option, there in excluded.items():
         if there:
             raise click.UsageError(f"--tune moves the scales, which {option} fixes; leave one out")
-    default = TuneSettings()
-    return TuneSettings(epochs or default.epochs, learning_rate or default.learning_rate)
 
 
 def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
@@ -425,21 +448,19 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     plan = discover(source, options)
+    tuned: dict[str, int] = {}
+    if options.end_to_end is not None:
+        from rlo_gptq.tuning.memory import plan_tuning
+
+        tuned = plan_tuning(
+            source, plan.layout, options.layer, options.end_to_end, offload=options.offload
+        )
     source.close()
     document = {
         **plan.summary,
         "seqlen": plan.seqlen,
         "nsamples": options.nsamples,
         "settings": options.layer.to_dict(),
+        **{f"tuning_{name}": value for name, value in tuned.items()},
     }
-    if as_json:
-        click.echo(json.dumps(document, indent=2))
-        return
-    for name, value in document.items():
-        if name == "settings":
-            shown = ", ".join(f"{k}={v}" for k, v in document["settings"].items() if v is not None)
-        elif name.endswith("_bytes") and value is not None:
-            shown = f"{value / MB:,.1f} MB"
-        else:
-            shown = str(value)
-        click.echo(f"{name.replace('_', ' '):28} {shown}")
+    print_plan(document, as_json=as_json)

@@ -16,22 +16,17 @@ from rlo_core.lm.tokens import token_ids
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rlo_gptq.calibration.block_inputs import (
-    Activations,
-    BlockCall,
-    check_same_calls,
-    record_inputs,
-    run_sequences,
-)
+from rlo_gptq.calibration.block_inputs import Activations, BlockCall, run_sequences
+from rlo_gptq.calibration.dense_pass import dense_outputs, first_inputs
 from rlo_gptq.calibration.hessian_sum import CalibrationError
 from rlo_gptq.calibration.sequences import sample_sequences
-from rlo_gptq.calibration.token_weights import sequence_weights, tail, weighting_link
+from rlo_gptq.calibration.token_weights import sequence_weights, weighting_link
 from rlo_gptq.formats.export import check_exportable
 from rlo_gptq.formats.gguf.block import GGUFBlockQuantizer
 from rlo_gptq.formats.gguf.finish import check_writable
 from rlo_gptq.models.fold_checkpoint import fold_checkpoint
 from rlo_gptq.models.layout import Layout, split_all_experts
-from rlo_gptq.models.source import ModelSource, find_model, release, require_filled
+from rlo_gptq.models.source import ModelSource, find_model, release
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.pipeline.block import BlockQuantizer
 from rlo_gptq.pipeline.plan import Plan, discover
@@ -172,7 +167,9 @@ class _Run:
         mine = list(self.processes.share(len(sequences)))
         if self.options.hessian != PLAIN:
             self.token_weights = self._weigh_tokens(sequences, mine)
-        activations, calls = self._first_inputs(sequences, mine)
+        activations, calls = first_inputs(
+            self.source, self.layout, sequences, mine, offload=self._offload
+        )
         try:
             self._blocks_in_turn(activations, calls, mine)
         finally:
@@ -225,60 +222,30 @@ class _Run:
             release(self.source.model)
         self.processes.wait()
 
-    def _first_inputs(
-        self, sequences: Tensor, mine: Sequence[int]
-    ) -> tuple[Activations, list[BlockCall]]:
-        """Return the first block's inputs for this process's sequences, and how blocks are
-        called.
-        """
-        model, blocks = self.source.model, self.layout.blocks
-        modules = list(model.get_submodule(blocks).children())
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        unused = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-        self.source.load(lambda name: not name.startswith(f"{blocks}.") and name not in unused)
-        require_filled(model, except_for=(f"{blocks}.", *unused, *model.all_tied_weights_keys))
-        hidden, calls = record_inputs(model, modules, sequences[0], self.device)
-        activations = Activations(
-            max(1, len(mine)),
-            hidden.shape[1],
-            hidden.shape[2],
-            hidden.dtype,
-            self.work.folder if self.options.offload else None,
-        )
-        for row, index in enumerate(mine):
-            hidden, others = record_inputs(model, modules, sequences[index], self.device)
-            if row < 2:  # one other sequence is enough to see a difference
-                check_same_calls(calls, others, type(model).__name__)
-            activations.set(row, hidden)
-        release(model)
-        return activations, calls
+    @property
+    def _offload(self) -> Path | None:
+        return self.work.folder if self.options.offload else None
 
     def _weigh_tokens(self, sequences: Tensor, mine: Sequence[int]) -> Tensor:
         """Run the original model over this process's sequences; return their tokens' weights."""
         link = weighting_link(self.options.hessian)
-        activations, calls = self._first_inputs(sequences, mine)
-        model, path = self.source.model, self.layout.blocks
-        for index in range(self.layout.count):
-            self.progress.block(index, self.layout.count, "weigh tokens")
-            block = self.source.load_module(self.layout.block_name(index))
-            run_sequences(block, calls[index], activations, activations, len(mine))
-            release(block)
-        tied = model.all_tied_weights_keys
-        self.source.load(lambda name: not name.startswith(f"{path}."))
-        model.tie_weights()
-        require_filled(model, except_for=(f"{path}.", *tied))
-        blocks = list(model.get_submodule(path).children())
         weights = torch.empty(max(1, len(mine)), sequences.shape[1])
-        with tail(model, blocks) as logits_of:
+        with dense_outputs(
+            self.source,
+            self.layout,
+            sequences,
+            mine,
+            offload=self._offload,
+            note=lambda index, count: self.progress.block(index, count, "weigh tokens"),
+        ) as (hidden, logits_of):
             for row, number in enumerate(mine):
                 weights[row] = sequence_weights(
                     logits_of,
-                    activations.get(row, self.device),
+                    hidden.get(row, self.device),
                     sequences[number],
                     link,
                     energy=self.options.hessian_energy,
                 )
-        release(model)
         return weights
 
     def _done(self, record: dict[str, Any]) -> None:

@@ -43,6 +43,20 @@ class Plan:
     summary: dict[str, Any]
 
 
+def sequence_length(config: Any, wanted: int | None) -> int:
+    """Return the tokens of a sequence: what is wanted, or the model's length, at most 2048.
+
+    Raises:
+        CalibrationError: the sequences are longer than the model's.
+    """
+    text = config.get_text_config(decoder=True)
+    longest: int = getattr(text, "max_position_embeddings", None) or (1 << 30)
+    length = wanted or min(longest, LONGEST_WINDOW)
+    if length > longest:
+        raise CalibrationError(f"seqlen must be at most the model's {longest}, got {length}")
+    return length
+
+
 def discover(source: ModelSource, options: Options) -> Plan:
     """Find the layers and estimate memory and time; loads no weights.
 
@@ -56,10 +70,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     split_all_experts(skeleton)
     layout = find_layout(skeleton, skip=options.skip)
     text = source.config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or (1 << 30)
-    seqlen = options.seqlen or min(longest, LONGEST_WINDOW)
-    if seqlen > longest:
-        raise CalibrationError(f"seqlen must be at most the model's {longest}, got {seqlen}")
+    seqlen = sequence_length(source.config, options.seqlen)
     dtype: torch.dtype = getattr(torch, options.dtype)
     item = dtype.itemsize
     blocks = list(skeleton.get_submodule(layout.blocks).children())

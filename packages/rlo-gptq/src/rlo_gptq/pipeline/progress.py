@@ -46,6 +46,11 @@ class Log:
             run.log(step=self.index, kind="block", **record)
         self.index += 1
 
+    def step(self, record: dict[str, Any], count: int) -> None:
+        """A step of tuning was made, or the sequences held out were looked at."""
+        for run in self.runs:
+            run.log(**record)
+
 
 class Bar(Log):
     """The same, and a progress bar with the last layer's error and time on stderr."""
@@ -94,3 +99,11 @@ class Bar(Log):
             f"{record['block']:48} tuned: error {record['error_before']:.5f} -> "
             f"{record['error_after']:.5f}  {record['seconds']:.2f} s"
         )
+
+    def step(self, record: dict[str, Any], count: int) -> None:
+        """Move the bar, and print the divergence of the sequences held out above it."""
+        super().step(record, count)
+        at = f"step {record['step']} of {count}"
+        self.bar.update(self.task, completed=record["step"], total=count, description="tune", at=at)
+        if "held_out_kl" in record:
+            self.bar.console.print(f"{at:20} held-out KL divergence {record['held_out_kl']:.5f}")

@@ -37,6 +37,10 @@ def run_quantization(
     Returns:
         The summary; None in all processes but the first.
     """
+    if options.end_to_end is not None:
+        from rlo_gptq.tuning.after_rounding import quantize_and_tune
+
+        return quantize_and_tune(options, folder, device=device, progress=progress, base=base)
     from rlo_core.runs.record import Run, read_run
     from rlo_core.runs.report import write_report
 

@@ -23,6 +23,7 @@ from rlo_gptq.models.shards import save_tensors
 
 PLAN_FILE = "rlo-gptq.json"
 PARTS = ".blocks"
+_NESTED = ("end_to_end",)  # of many settings, of which those that differ are told
 
 
 class ResumeError(RLOError):
@@ -62,26 +63,30 @@ class WorkFolder:
         """
         plan = self.plan
         if plan is None:
-            if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise ResumeError(
-                    f"{str(self.folder)!r} is not empty and no quantization was begun there; "
-                    "choose another --save"
-                )
+            self.check_free()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("running")
             return False
         before = plan.get("decisions", {})
         if before != self.decisions:
-            changed = [
-                f"{name} was {_short(before.get(name))}, now {_short(self.decisions.get(name))}"
-                for name in sorted({*before, *self.decisions})
-                if before.get(name) != self.decisions.get(name)
-            ]
+            changed = _changes(before, self.decisions)
             raise ResumeError(
                 f"{str(self.folder)!r} was begun with other settings ({'; '.join(changed)}); "
                 "choose another --save, or delete it"
             )
         return True
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds something else than what was begun here.
+
+        Raises:
+            ResumeError: it does.
+        """
+        if self.plan is None and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ResumeError(
+                f"{str(self.folder)!r} is not empty and no quantization was begun there; "
+                "choose another --save"
+            )
 
     def _write(self, status: str) -> None:
         write_json(
@@ -128,6 +133,20 @@ def discard_unless_begun(copy: Path, folder: Path) -> None:
     """Remove a model made to be quantized into `folder`, unless a run there can go on from it."""
     if not (folder / PARTS).is_dir():
         shutil.rmtree(copy, ignore_errors=True)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """Say what differs, inside of what both have."""
+    changed = []
+    for name in sorted({*before, *now}):
+        old, new, full = before.get(name), now.get(name), f"{within}{name}"
+        if old == new:
+            continue
+        if within == "" and isinstance(old, dict) and isinstance(new, dict) and name in _NESTED:
+            changed += _changes(old, new, f"{name}.")
+        else:
+            changed.append(f"{full} was {_short(old)}, now {_short(new)}")
+    return changed
 
 
 def _short(value: Any) -> str:

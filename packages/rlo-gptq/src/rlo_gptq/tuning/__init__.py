@@ -1,0 +1,1 @@
+"""The packed model against the dense one, end to end: all but the codes is trained."""
