@@ -27,6 +27,7 @@ FILE = "PUBLIC_API.txt"
 MODULES: dict[str, dict[str, tuple[str, ...] | None]] = {
     "rlo-core": {
         "rlo_core": None,
+        "rlo_core.boosting": None,
         "rlo_core.cli": ("FriendlyGroup",),
         "rlo_core.demo": ("demo_parts", "run_demo"),
         "rlo_core.errors": None,
