@@ -1,10 +1,10 @@
-"""A training step of the Trainer: stock cross entropy, `rlo` on logits, `rlo` fused, peers.
+"""A training step of the Trainer and of TRL's SFTTrainer, ours and stock; gates; peers.
 
 A Llama of two layers with a vocabulary of 32,000, where the output layer is most of the step, as it
 is for small models with large vocabularies (SmolLM2-135M: 49,152 x 576). One thread, process time,
 interleaved. Liger's and cut-cross-entropy's kernels are Triton: they do not run on a CPU.
 
-    python benchmarks/bench_hf.py [--rounds 12]
+    python benchmarks/bench_hf.py [--rounds 12] [--vocabulary 128256]
     python benchmarks/bench_hf.py --memory
 """
 
@@ -26,6 +26,13 @@ CANDIDATES = (
     "rlo, logits",
     "rlo, fused",
     "ce, fused",
+    "ce*eaft, fused",
+    "ce*deft, fused",
+    "ce*topk:0.6, fused",
+    "SFT stock nll",
+    "SFT stock dft",
+    "SFT ours, rlo",
+    "SFT ours, ce*eaft",
     "trl chunked nll",
     "torch chunked ce",
 )
@@ -35,6 +42,7 @@ sys.path[:0] = {path!r}
 import torch
 torch.set_num_threads(1)
 import bench_hf
+bench_hf.VOCABULARY = {vocabulary}
 step = bench_hf.candidates({kind!r})[{kind!r}]
 # measure
 step(); step()
@@ -77,6 +85,42 @@ def candidates(only: str | None = None) -> dict[str, Callable[[], object]]:
 
         return step
 
+    def sft(kind: str, **more: Any) -> Callable[[], object]:
+        """The SFTTrainer of TRL or ours, on a batch that it has collated."""
+        import datasets
+        import tokenizers
+        import trl
+        from rlo_hf.trl import SFTTrainer
+
+        words = tokenizers.models.WordLevel({f"w{i}": i for i in range(8)}, unk_token="w0")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(words), pad_token="w0", eos_token="w1"
+        )
+        options = {"loss_type": more.pop("loss_type")} if "loss_type" in more else {}
+        trainer = {"stock": trl.SFTTrainer, "ours": SFTTrainer}[kind](
+            model(),
+            trl.SFTConfig(
+                output_dir=tempfile.mkdtemp(),
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                bf16=False,
+                activation_checkpointing=False,
+                **options,
+            ),
+            train_dataset=datasets.Dataset.from_list([{"input_ids": [2, 3], "labels": [2, 3]}]),
+            processing_class=tokenizer,
+            **more,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        given = {**batch, "attention_mask": torch.ones_like(ids)}
+
+        def step() -> object:
+            trainer.model.zero_grad(set_to_none=True)
+            return trainer.training_step(trainer.model, dict(given), count)
+
+        return step
+
     def chunked() -> Callable[[], object]:
         """TRL's fused output layer, as its SFTTrainer calls it."""
         from trl.trainer.utils import add_fused_lm_head
@@ -114,13 +158,21 @@ def candidates(only: str | None = None) -> dict[str, Callable[[], object]]:
         "rlo, logits": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="off"),
         "rlo, fused": lambda: step_of(Trainer, loss="rlo:k=5,m=5", linear="fused"),
         "ce, fused": lambda: step_of(Trainer, loss="ce", linear="fused"),
+        "ce*eaft, fused": lambda: step_of(Trainer, loss="ce*eaft", linear="fused"),
+        "ce*deft, fused": lambda: step_of(Trainer, loss="ce*deft", linear="fused"),
+        "ce*topk:0.6, fused": lambda: step_of(Trainer, loss="ce*topk:0.6", linear="fused"),
+        "SFT stock nll": lambda: sft("stock"),
+        "SFT stock dft": lambda: sft("stock", loss_type="dft"),
+        "SFT ours, rlo": lambda: sft("ours", loss="rlo:k=5,m=5"),
+        "SFT ours, ce*eaft": lambda: sft("ours", loss="ce*eaft"),
         "trl chunked nll": chunked,
         "torch chunked ce": torch_chunked,
     }
     return {name: make() for name, make in made.items() if only in (None, name)}
 
 
-SHAPE = f"{ROWS}x{LENGTH} tokens, width {WIDTH}, vocabulary {VOCABULARY}, fp32"
+def shape() -> str:
+    return f"{ROWS}x{LENGTH} tokens, width {WIDTH}, vocabulary {VOCABULARY}, fp32"
 
 
 def measure_memory() -> None:
@@ -128,8 +180,8 @@ def measure_memory() -> None:
     here = __file__.rpartition("/")[0]
     records = []
     for name in CANDIDATES:
-        peak = peak_memory(MEMORY.format(path=[here], kind=name))
-        records.append({"candidate": name, "shape": SHAPE, "peak_mb": round(peak / 2**20)})
+        peak = peak_memory(MEMORY.format(path=[here], kind=name, vocabulary=VOCABULARY))
+        records.append({"candidate": name, "shape": shape(), "peak_mb": round(peak / 2**20)})
         print(records[-1], flush=True)
     write_results("hf_memory", records)
 
@@ -143,7 +195,7 @@ def measure_time(rounds: int) -> None:
         records.append(
             {
                 "candidate": name,
-                "shape": SHAPE,
+                "shape": shape(),
                 "rounds": rounds,
                 **{key: round(value, 4) for key, value in time.items()},
                 "ratio": round(time["median"] / base["median"], 4),
@@ -157,8 +209,10 @@ def measure_time(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--memory", action="store_true", help="memory, not time")
     arguments = parser.parse_args()
+    globals()["VOCABULARY"] = arguments.vocabulary
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     if arguments.memory:

@@ -94,7 +94,7 @@ def cell(common: FinetuneOptions, loss: str, seed: int) -> dict[str, Any]:
     """Finetune once."""
     with tempfile.TemporaryDirectory() as folder:
         chosen = replace(common, loss=loss, seed=seed, out=folder)
-        summary = finetune(chosen, say=lambda line: print(line, flush=True))
+        summary = finetune(chosen, say=lambda line: print(line, flush=True)).summary()
     predicted = summary.pop("eval_tokens")
     return {
         "model": Path(common.model).stem,

@@ -129,7 +129,7 @@ def main() -> None:
                                 original=model if init == "loftq" else None,
                             ),
                             save=out / "adapter",
-                        )
+                        ).summary()
                         merged = merge(out, text, train, context, args) if args.merge else {}
                         keys = ("perplexity_before", "perplexity_after", "eval_tokens")
                         records.append(

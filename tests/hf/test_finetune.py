@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from rlo_core.errors import RunError
 from rlo_core.lm.models import ModelError, open_model
 from rlo_core.runs.record import read_metrics, read_run
 from rlo_hf.cli import main
@@ -120,6 +121,103 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkey
     cut = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "cut" / "model")
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def cut_after(monkeypatch, out, step, *words):
+    """Run until the checkpoint of a step is written, and stop as by Ctrl-C."""
+    import rlo_hf.finetuning.trainer as module
+
+    class Stop(module.Record):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Record", Stop)
+        result = CliRunner().invoke(main, ["finetune", *map(str, words), "--out", str(out)])
+    assert result.exit_code == 130, result.output
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(folder, tmp_path, monkeypatch):
+    """What a full disk or a power cut leaves is passed over, with the reason."""
+    words = (folder / "llama", folder / "text.txt", "--block", 32, "--batch-size", 8,
+             "--max-steps", 7, "--lr", 1e-3, "--save-steps", 2, "--accumulation", 1)  # fmt: skip
+    call(*words, "--out", tmp_path / "whole")
+    cut_after(monkeypatch, tmp_path / "cut", 6, *words)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    (checkpoints / "checkpoint-6" / "trainer_state.json").write_bytes(b"")
+    (checkpoints / "checkpoint-8").mkdir()
+    (checkpoints / "checkpoint-8" / "config.json").write_text("{}")
+    result = call(*words, "--out", tmp_path / "cut", "--resume")
+    assert "checkpoint-8 is not whole (trainer_state.json is not there)" in result.stderr
+    assert "checkpoint-6 is not whole (trainer_state.json is not whole)" in result.stderr
+    whole = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    cut = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "cut" / "model")
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    seen = [(row["step"], row["split"]) for row in read_metrics(tmp_path / "cut")]
+    assert len(seen) == len(set(seen))
+    assert seen == [(row["step"], row["split"]) for row in read_metrics(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_with_a_file_that_was_cut_off_is_not_whole(
+    folder, tmp_path, monkeypatch, name
+):
+    words = (folder / "llama", folder / "text.txt", *FAST, "--save-steps", 2)
+    cut_after(monkeypatch, tmp_path / "cut", 2, *words)
+    path = tmp_path / "cut" / "checkpoints" / "checkpoint-2" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    words = ["finetune", *map(str, words), "--out", str(tmp_path / "cut"), "--resume"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "has no whole checkpoint to resume from: checkpoint-2 is not whole" in result.output
+    assert f"({name} is not whole); start it again without --resume" in result.output
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(folder, tmp_path, monkeypatch):
+    from rlo_hf import FinetuneOptions, finetune
+    from rlo_hf.trainer import Trainer
+
+    save = Trainer._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", full)
+    options = FinetuneOptions(str(folder / "llama"), str(folder / "text.txt"), block=32,
+                              max_steps=6, out=str(tmp_path / "run"))  # fmt: skip
+    with pytest.raises(RunError, match=r"^checkpoint-4 could not be written: .*No space left on d"):
+        finetune(options, save_steps=2)
+    left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert left == ["checkpoint-2"]
+
+
+def test_python_has_the_commands_result_with_names(folder, tmp_path):
+    from rlo_hf import FinetuneOptions, FinetuneResult, finetune
+
+    options = FinetuneOptions(str(folder / "llama"), str(folder / "text.txt"), loss="ce", block=32,
+                              max_steps=2, out=str(tmp_path / "run"))  # fmt: skip
+    result = finetune(options)
+    assert isinstance(result, FinetuneResult)
+    assert result.steps == 2
+    assert result.linear_path == "fused"
+    assert result.summary() == read_run(tmp_path / "run")["summary"]
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+        FinetuneOptions("m", "d", batch_size=0)
+    with pytest.raises(ValueError, match=r"^save_steps must be at least 1, got 0$"):
+        finetune(options, save_steps=0)
+
+
+def test_a_plan_says_where_it_would_push_and_pushes_nothing():
+    plan = json.loads(call("m", "d", "--dry-run", "--push", "me/model", "--save-steps", 5).stdout)
+    assert (plan["push"], plan["save_steps"]) == ("me/model", 5)
+    result = CliRunner().invoke(main, ["finetune", "m", "d", "--batch-size", "0"])
+    assert result.exit_code == 2
+    assert "0 is not in the range x>=1" in result.output
 
 
 def test_adapters_are_saved_alone_or_merged_and_load_on_their_base(folder, tmp_path):

@@ -29,7 +29,16 @@ def tokenizer():
 
 
 def sft(
-    tmp_path, hf, tokenizer, rows, *, trainer_type=None, loss="rlo:k=5", peft_config=None, **more
+    tmp_path,
+    hf,
+    tokenizer,
+    rows,
+    *,
+    trainer_type=None,
+    loss="rlo:k=5",
+    peft_config=None,
+    slot=None,
+    **more,
 ):
     from rlo_hf.trl import SFTTrainer
 
@@ -56,7 +65,7 @@ def sft(
     )
     args = hf.arguments_of(trl.SFTConfig, {**{key: base[key] for key in keep}, **options, **more})
     grab = hf.GrabGradients()
-    given = {} if trainer_type is trl.SFTTrainer else {"loss": loss}
+    given = {} if trainer_type is trl.SFTTrainer else {"loss": loss, **(slot or {})}
     trainer = (trainer_type or SFTTrainer)(
         model=hf.build("llama"),
         args=args,
@@ -192,7 +201,62 @@ def test_the_arguments_are_trls_in_their_order_and_then_the_loss():
     from rlo_hf.trl import SFTTrainer
 
     theirs = list(inspect.signature(trl.SFTTrainer.__init__).parameters)
-    assert list(inspect.signature(SFTTrainer.__init__).parameters) == [*theirs, "loss"]
+    own = ["loss", "check", "linear", "eval_loss", "weight_mean"]
+    assert list(inspect.signature(SFTTrainer.__init__).parameters) == [*theirs, *own]
+
+
+def test_trls_own_kernel_has_the_same_gradient(tmp_path, hf, tokenizer):
+    """`linear="off"`, and the path says so."""
+    trainer, grab = sft(tmp_path, hf, tokenizer, tokens(hf), slot={"linear": "off"})
+    trainer.train()
+    assert trainer.linear_path == "TRL's kernel (linear='off')"
+    expected = hf.expected_gradient("llama", hf.examples("llama"), 5.0)
+    assert hf.relative_error(grab.value, expected) < 3e-6
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("by", ["weights", "tokens"])
+def test_a_column_of_weights_is_followed(tmp_path, hf, tokenizer, padding_free, by):
+    rows, spread = tokens(hf), []
+    for i, row in enumerate(rows):
+        spread.append(torch.linspace(-0.3, 1.0 + i, len(row["labels"])))
+        row["loss_weight"] = spread[-1].tolist()
+    trainer, grab = sft(
+        tmp_path,
+        hf,
+        tokenizer,
+        rows,
+        slot={"weight_mean": by},
+        padding_free=padding_free,
+        max_length=None if padding_free else 32,
+    )
+    trainer.train()
+    model = hf.build("llama").train()
+    logits, labels = hf.scores_and_labels(model, "llama", hf.collate(hf.examples("llama")))
+    weight = torch.nn.utils.rnn.pad_sequence(spread, batch_first=True)[:, 1:]
+    kept = labels != -100
+    log_p = logits[kept].log_softmax(-1).gather(-1, labels[kept].unsqueeze(-1)).squeeze(-1)
+    total = (weight[kept] * 5 * (1 - (log_p / 5).exp())).sum()
+    (total / (weight[kept].sum() if by == "weights" else kept.sum())).backward()
+    assert hf.relative_error(grab.value, hf.gradients(model)) < 3e-6
+
+
+def test_a_gated_loss_is_trained_and_evaluated(tmp_path, hf, tokenizer):
+    trainer, grab = sft(tmp_path, hf, tokenizer, tokens(hf), loss="ce*profit:0.02")
+    got = trainer.evaluate()
+    trainer.train()
+    model = hf.build("llama").train()
+    logits, labels = hf.scores_and_labels(model, "llama", hf.collate(hf.examples("llama")))
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    ce = ce[labels.flatten() != -100]
+    loss = (ce * ((-ce.detach()).exp() > 0.02)).mean()
+    loss.backward()
+    assert hf.relative_error(grab.value, hf.gradients(model)) < 3e-6
+    assert got["eval_objective"] == pytest.approx(loss.item(), rel=1e-5)
+    with pytest.raises(
+        RLOError, match=r"^a loss with gates needs the fused path, and linear='off'$"
+    ):
+        sft(tmp_path, hf, tokenizer, tokens(hf), loss="ce*deft", slot={"linear": "off"})
 
 
 @pytest.mark.slow

@@ -108,10 +108,28 @@ def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
 @_option("--m", type=float, help="The option m of the spec.")
 @_option("--out", help="The run folder.  [default: runs/finetune-MODEL-LOSS]")
 @_option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the text.")
-@_option("--max-steps", type=int, default=-1, help="Stop after this many updates.")
-@_option("--block", "--block-size", "--block_size", "block", default=256, show_default=True)
-@_option("--batch-size", default=8, show_default=True, help="Rows per batch.")
-@_option("--accumulation", default=2, show_default=True, help="Batches per update.")
+@_option(
+    "--max-steps", type=click.IntRange(min=-1), default=-1, help="Stop after this many updates."
+)
+@_option(
+    "--block",
+    "--block-size",
+    "--block_size",
+    "block",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+)
+@_option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per batch."
+)
+@_option(
+    "--accumulation",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Batches per update.",
+)
 @_option("--lr", "learning_rate", default=1e-5, show_default=True, help="Peak learning rate.")
 @_option("--warmup", type=int, help="Updates of warm-up.  [default: 500 or a tenth of the run]")
 @_option("--weight-decay", default=0.01, show_default=True)
@@ -151,7 +169,12 @@ def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
 @_option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @_option("--save", type=click.Path(path_type=Path), help="The model's folder. [default: OUT/model]")
 @_option("--no-save", is_flag=True, help="Keep no model.")
-@_option("--resume", is_flag=True, help="Go on from the last checkpoint in the run folder.")
+@_option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
+@_option(
+    "--save-steps",
+    type=click.IntRange(min=1),
+    help="Updates between checkpoints.  [default: ten minutes, and every epoch]",
+)
 @_option("--eval-only", is_flag=True, help="Measure perplexity and stop.")
 @_option("--push", metavar="NAME", help="Push the model to the hub. Off unless asked for.")
 @_option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
@@ -165,6 +188,7 @@ def finetune(
     save: Path | None,
     no_save: bool,
     resume: bool,
+    save_steps: int | None,
     eval_only: bool,
     push: str | None,
     dry_run: bool,
@@ -193,20 +217,24 @@ def finetune(
     options = FinetuneOptions(loss=spec, out=folder, **settings)
     target = None if no_save else save or Path(folder) / "model"
     if dry_run:
-        click.echo(json.dumps({**asdict(options), "save": target}, indent=2, default=str))
+        plan = {"save": target, "merge": merge, "resume": resume, "save_steps": save_steps,
+                "eval_only": eval_only, "push": push}  # fmt: skip
+        click.echo(json.dumps({**asdict(options), **plan}, indent=2, default=str))
         return
     _quiet_unless_terminal()
     from rlo_hf.finetuning.run import finetune as run_finetune
 
-    summary = run_finetune(
+    result = run_finetune(
         options,
         save=target,
         merge=merge,
         resume=resume,
         eval_only=eval_only,
         push=push,
+        save_steps=save_steps,
         say=lambda line: click.echo(line, err=True),
     )
+    summary = result.summary()
     if as_json:
         click.echo(json.dumps({"out": folder, "loss": spec, **summary}, indent=2, default=str))
         return

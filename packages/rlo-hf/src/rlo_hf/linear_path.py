@@ -94,11 +94,12 @@ class LinearPath:
         return None
 
     @contextmanager
-    def taken(self, target: Tensor) -> Iterator[None]:
+    def taken(self, target: Tensor, weights: Tensor | None = None) -> Iterator[None]:
         """Let a forward call inside the block leave its loss in `total`, if the path is fused.
 
         Args:
             target: Labels in the places of the predictions, (B, T), -100 ignored.
+            weights: Their weights, (B, T), or None.
         """
         self.total = None
         head = self._head
@@ -107,7 +108,7 @@ class LinearPath:
             return
 
         def forward(hidden: Tensor) -> Tensor:
-            self.total = self._total(head, hidden, target)
+            self.total = self._total(head, hidden, target, weights)
             self.seen = (head, hidden.detach()) if self.keep else None
             # In the place of the logits: DDP finds the parameters that were used through the
             # outputs.
@@ -116,13 +117,26 @@ class LinearPath:
         with replaced(head.linear, forward):
             yield
 
-    def _total(self, head: Head, hidden: Tensor, target: Tensor) -> Tensor:
-        from rlo_core.linear import link_linear_cross_entropy
+    def _total(self, head: Head, hidden: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        from rlo_core.linear import gated_linear_cross_entropy, link_linear_cross_entropy
 
         link = self.objective.link
         assert link is not None
         hidden = matched(hidden, target, self.task)
         states, weight, bias = autocast_pair(hidden * head.scale, head.linear)
+        share = None if weights is None else weights.to(hidden.device).flatten()
+        if self.objective.gates:
+            total, _ = gated_linear_cross_entropy(
+                states.flatten(0, -2),
+                weight,
+                target.to(hidden.device).flatten(),
+                link,
+                self.objective.gates,
+                bias=bias,
+                token_weight=share,
+                softcap=head.softcap,
+            )
+            return total
         return link_linear_cross_entropy(
             states.flatten(0, -2),
             weight,
@@ -130,6 +144,7 @@ class LinearPath:
             link,
             bias=bias,
             label_smoothing=self.objective.label_smoothing,
+            token_weight=share,
             softcap=head.softcap,
             reduction="sum",
         )

@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from rlo_core._cross_entropy import apply_link
 from rlo_core.errors import SpecError
 from rlo_core.functional import link_binary_cross_entropy, link_cross_entropy
+from rlo_core.gates import (
+    Gate,
+    GatedLoss,
+    gate_factor,
+    needs_of,
+    row_statistics,
+    top_of,
+)
 from rlo_core.links import Link
 from rlo_core.registry import LossSpec, create_loss, link_of
 from torch import Tensor, nn
@@ -58,11 +66,39 @@ class Objective:
                 f"label_smoothing={label_smoothing}"
             )
         self._summed = _with_sum(self.criterion)
+        self.more_gates: tuple[Gate, ...] = ()
+        for gate in self.gates:
+            if "reference_ce" in gate.needs:
+                raise SpecError(
+                    f"loss {self.name!r} needs the losses of a reference model, which the trainers "
+                    "cannot give; use rlo_core.linear.gated_linear_cross_entropy(reference_ce=...)"
+                )
+
+    def add_gate(self, gate: Gate) -> None:
+        """Multiply the loss of each token by one more gate.
+
+        Raises:
+            SpecError: the loss has no link, class weights or smoothing.
+        """
+        if self.link is None or self.weight is not None or self.label_smoothing:
+            raise SpecError(
+                "weights= needs a loss with a link, without class weights and label smoothing, got "
+                f"{self.name!r}"
+            )
+        self.more_gates = (*self.more_gates, gate)
 
     @property
     def link(self) -> Link | None:
-        """The link in force (a schedule moves it), or None."""
+        """The link in force (a schedule moves it), or None; `gates` multiply what it gives."""
+        if isinstance(self.criterion, GatedLoss):
+            return self.criterion.gated_link
         return link_of(self.criterion) if isinstance(self.criterion, nn.Module) else None
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """Detached factors of each token's loss."""
+        own = self.criterion.gates if isinstance(self.criterion, GatedLoss) else ()
+        return (*own, *self.more_gates)
 
     @property
     def weight(self) -> Tensor | None:
@@ -76,21 +112,34 @@ class Objective:
         target = target.long()
         return target if ignored == IGNORE_INDEX else target.masked_fill(target == ignored, -100)
 
-    def count(self, target: Tensor) -> Tensor:
-        """Return what the mean divides by: kept labels, or the sum of their class weights."""
+    def count(self, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return what the mean divides by: kept labels, or the sum of their weights.
+
+        Args:
+            target: As `total`, any shape.
+            weights: Token weights, the shape of `target`; None for ones.
+        """
         kept = target != IGNORE_INDEX
+        if weights is not None:
+            share = weights.to(target.device).where(kept, 0.0)
+            if self.weight is None or target.is_floating_point():
+                return share.sum()
+            return (self.weight.to(target.device)[target.masked_fill(~kept, 0)] * share).sum()
         if self.weight is None or target.is_floating_point():
             return kept.sum()
         return self.weight.to(target.device)[target.masked_fill(~kept, 0)].mul(kept).sum()
 
-    def total(self, logits: Tensor, target: Tensor) -> Tensor:
+    def total(self, logits: Tensor, target: Tensor, *, weights: Tensor | None = None) -> Tensor:
         """Return the loss summed over kept labels, a scalar with gradient.
 
         Args:
             logits: (N, C).
             target: (N) int64, -100 ignored.
+            weights: (N) token weights; None for ones.
         """
         link = self.link
+        if self.gates or weights is not None:
+            return self._weighted(logits, target, weights)
         if link is not None:
             return link_cross_entropy(
                 logits,
@@ -108,14 +157,36 @@ class Objective:
             return value * kept.sum()
         return value.sum()
 
+    def _weighted(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        link, gates = self.link, self.gates
+        if link is None:
+            raise SpecError(f"loss {self.name!r} has no link, so it cannot honour loss_weight")
+        kept = target != IGNORE_INDEX
+        part, labels = logits[kept], target[kept]
+        loss = link_cross_entropy(
+            part,
+            labels,
+            link,
+            weight=None if self.weight is None else self.weight.to(logits.device),
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+        if weights is not None:
+            loss = loss * weights.to(loss.device)[kept]
+        if gates:
+            rows = row_statistics(part, labels, needs=needs_of(gates), top=top_of(gates))
+            loss = loss * gate_factor(gates, rows)
+        return loss.sum()
+
     def binary_total(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the multi-label loss summed over kept entries; both (B, C), `target` in [0, 1]."""
         return self._binary(logits, target).sum()
 
     def _binary(self, logits: Tensor, target: Tensor) -> Tensor:
         link = self.link
-        if link is None:
-            raise SpecError(f"loss {self.name!r} has no link, so it has no multi-label form")
+        if link is None or self.gates:
+            what = "no link" if link is None else "gates"
+            raise SpecError(f"loss {self.name!r} has {what}, so it has no multi-label form")
         kept = target != IGNORE_INDEX
         loss = link_binary_cross_entropy(
             logits, target.to(logits.dtype).where(kept, 0.0), link, reduction="none"
@@ -148,7 +219,8 @@ class Objective:
         )
 
     def _row(self, logits: Tensor, target: Tensor) -> Tensor:
-        link, plain = self.link, self.weight is None and not self.label_smoothing
+        link = self.link if not self.gates else None  # a gate may rank the tokens of a row
+        plain = self.weight is None and not self.label_smoothing
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(target), _ROWS):
             part, labels = logits[start : start + _ROWS].float(), target[start : start + _ROWS]

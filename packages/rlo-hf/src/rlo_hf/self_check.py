@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from rlo_core.errors import RLOError
+from rlo_core.gates import RowStatistics, gate_factor, needs_of, row_statistics, top_of
 from torch import Tensor, nn
 
 from rlo_hf.objective import IGNORE_INDEX, Objective
@@ -32,27 +33,52 @@ class SelfCheckError(RLOError):
 
 
 @torch.no_grad()
-def reference_total(objective: Objective, logits: Tensor, target: Tensor) -> Tensor:
+def reference_total(
+    objective: Objective,
+    logits: Callable[[int, int], Tensor] | Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Return the objective summed over kept labels, float64, from its formula.
 
     Args:
         objective: The loss.
-        logits: (..., C).
+        logits: (..., C), or what makes rows `start` to `stop` of (N, C).
         target: The shape of `logits` without C, int64, -100 ignored; or floating, multi-label.
+        weights: The shape of `target`, or None for ones.
     """
-    if target.is_floating_point():
+    if isinstance(logits, Tensor) and target.is_floating_point():
         return objective.binary_total(logits, target).double()
+    labels, share = target.reshape(-1), None if weights is None else weights.reshape(-1)
     if objective.link is None:
-        total = objective.total(logits.flatten(0, -2), target.flatten())
+        assert isinstance(logits, Tensor)
+        total = objective.total(logits.flatten(0, -2), labels, weights=share)
         return total.detach().double()
-    rows, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    gates, losses, found = objective.gates, [], []
     for start in range(0, len(labels), _ROWS):
-        part, y = rows[start : start + _ROWS], labels[start : start + _ROWS]
+        y = labels[start : start + _ROWS]
         kept = y != IGNORE_INDEX
-        loss = _row_loss(objective, part[kept].float(), y[kept])
-        total += loss.double().sum()
-    return total
+        if isinstance(logits, Tensor):
+            part = logits.reshape(-1, logits.shape[-1])[start : start + _ROWS][kept].float()
+        else:
+            part = logits(start, start + len(y))[kept].float()
+        loss = _row_loss(objective, part, y[kept])
+        losses.append(loss if share is None else loss * share[start : start + _ROWS][kept].to(loss))
+        if gates:
+            names = needs_of(gates)
+            found.append(row_statistics(part, y[kept], needs=names, top=top_of(gates)))
+    if not losses:
+        return torch.zeros((), dtype=torch.float64, device=labels.device)
+    loss = torch.cat(losses)
+    return (loss if not gates else loss * gate_factor(gates, _joined(found))).double().sum()
+
+
+def _joined(parts: list[RowStatistics]) -> RowStatistics:
+    names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+    values: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    return RowStatistics(**values, classes=parts[0].classes)
 
 
 def _row_loss(objective: Objective, logits: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from rlo_hf.trainer import RootedLossMixin
+from rlo_hf.weights import COLUMN
 
 
 class RootedSeq2SeqMixin(RootedLossMixin):
@@ -22,6 +23,7 @@ class RootedSeq2SeqMixin(RootedLossMixin):
         **gen_kwargs: Any,
     ) -> Any:
         """As `Trainer`, with `predict_with_generate` too, where the host takes the model's loss."""
+        inputs = {key: value for key, value in inputs.items() if key != COLUMN}
         if not self._host.args.predict_with_generate or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

@@ -32,6 +32,15 @@ from rlo_hf.objective import Loss, Objective
 from rlo_hf.schedule import ScheduleCallback
 from rlo_hf.self_check import FirstStep, SelfCheck, overrides, reference_total
 from rlo_hf.tasks import Task, base_of, config_of, task_of, virtual_tokens
+from rlo_hf.weights import (
+    COLUMN,
+    CallableGate,
+    WeightCollator,
+    WeightMean,
+    Weights,
+    aligned_weights,
+    has_weights,
+)
 
 
 class RootedLossMixin(ExactEvaluation):
@@ -42,6 +51,8 @@ class RootedLossMixin(ExactEvaluation):
     _path: LinearPath
     _check: SelfCheck
     _targets: Tensor | None
+    _weights: Tensor | None
+    _callable: CallableGate | None
     _trusted: bool
 
     def __init__(
@@ -65,6 +76,8 @@ class RootedLossMixin(ExactEvaluation):
         linear: Linear = "auto",
         eval_loss: EvalLoss = "objective",
         check: bool = True,
+        weights: Weights | None = None,
+        weight_mean: WeightMean = "weights",
     ) -> None:
         refuse_second_slot(compute_loss_func)
         more: dict[str, Any] = {}
@@ -84,7 +97,15 @@ class RootedLossMixin(ExactEvaluation):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             **more,
         )
-        self.open_slot(loss, task=task, linear=linear, eval_loss=eval_loss, check=check)
+        self.open_slot(
+            loss,
+            task=task,
+            linear=linear,
+            eval_loss=eval_loss,
+            check=check,
+            weights=weights,
+            weight_mean=weight_mean,
+        )
 
     def open_slot(
         self,
@@ -94,6 +115,8 @@ class RootedLossMixin(ExactEvaluation):
         linear: Linear = "auto",
         eval_loss: EvalLoss = "objective",
         check: bool = True,
+        weights: Weights | None = None,
+        weight_mean: WeightMean = "weights",
     ) -> None:
         """Put the loss in a Trainer that is made; arguments as `Trainer`."""
         host = self._host
@@ -102,6 +125,14 @@ class RootedLossMixin(ExactEvaluation):
         self.loss_objective = Objective(loss, label_smoothing=smoothing_of(host))
         if isinstance(self.loss_objective.criterion, nn.Module):
             self.loss_objective.criterion.to(host.args.device)
+        self._callable = None if weights is None else CallableGate(weights)
+        if self._callable is not None:
+            self.loss_objective.add_gate(self._callable)
+        if weight_mean not in ("weights", "tokens"):
+            raise ValueError(f"weight_mean must be 'weights' or 'tokens', got {weight_mean!r}")
+        self.weight_mean = weight_mean
+        if has_weights(host.train_dataset) or has_weights(host.eval_dataset):
+            host.data_collator = WeightCollator(host.data_collator)
         self.task = task if task is not None else task_of(host.model)
         if not host.label_names:  # a forward whose signature does not show its labels
             host.label_names = ["labels"]
@@ -109,7 +140,7 @@ class RootedLossMixin(ExactEvaluation):
             raise RLOError(f"label_names must be one name, got {host.label_names}")
         self._path = LinearPath(linear, self.loss_objective, self.task)
         self._eval_sums = EvalSums(eval_loss)
-        self._targets = None
+        self._targets = self._weights = None
         self._check = SelfCheck(self.loss_objective, on=check)
         # A step of others below ours may not come to our slot: not without logits before the check.
         self._trusted = not overrides(type(self), after=RootedLossMixin)
@@ -137,16 +168,36 @@ class RootedLossMixin(ExactEvaluation):
             prompted=virtual_tokens(host.model) > 0,
         )
 
+    def _aligned_weights(self, inputs: Mapping[str, Any], target: Tensor) -> Tensor | None:
+        prompted = virtual_tokens(self._host.model) > 0
+        return aligned_weights(inputs, target, self.task, prompted=prompted)
+
+    def _count(self, target: Tensor, weights: Tensor | None) -> Tensor:
+        """What the mean of these labels divides by."""
+        return self.loss_objective.count(target, weights if self.weight_mean == "weights" else None)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the column of weights, which is no argument of the model."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns = self._host._signature_columns
+        if columns is not None and COLUMN not in columns:
+            self._host._signature_columns = [*columns, COLUMN]
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count what the loss of an update is divided by, over its batches and processes."""
         host = self._host
         if not batch_samples or host.label_names[0] not in batch_samples[0]:
             return None
         targets = [self._aligned(batch) for batch in batch_samples]
-        if self.loss_objective.weight is None:
+        weights = [
+            self._aligned_weights(batch, target)
+            for batch, target in zip(batch_samples, targets, strict=True)
+        ]
+        if self.loss_objective.weight is None and all(w is None for w in weights):
             counted = [{"labels": target} for target in targets]
             return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
-        total = torch.stack([self.loss_objective.count(t).to(device) for t in targets]).sum()
+        counts = [self._count(t, w).to(device) for t, w in zip(targets, weights, strict=True)]
+        total = torch.stack(counts).sum()
         if host.args.average_tokens_across_devices and host.args.world_size > 1:
             total = host.accelerator.gather(total).sum()
         return total
@@ -168,6 +219,7 @@ class RootedLossMixin(ExactEvaluation):
             return step()
         name = self._host.label_names[0]
         target = self._aligned(inputs) if inputs.get(name) is not None else None
+        weights = None if target is None else self._aligned_weights(inputs, target)
 
         def expected(logits: Tensor) -> Tensor | None:
             if target is None:
@@ -176,11 +228,12 @@ class RootedLossMixin(ExactEvaluation):
                 scores = matched(logits, target, self.task)
             except RLOError:
                 return None
-            total = reference_total(self.loss_objective, scores, target.to(scores.device))
-            count = self.loss_objective.count(target)
+            total = reference_total(self.loss_objective, scores, target.to(scores.device), weights)
+            count = self._count(target, weights)
             if num_items_in_batch is not None:
                 count = torch.as_tensor(num_items_in_batch)
-            return total / count.to(total.device).clamp(min=1) * self._processes(num_items_in_batch)
+            count = count.to(total.device)
+            return total / count.where(count != 0, 1) * self._processes(num_items_in_batch)
 
         with self._check.watching(self._host, base_of(model), expected):
             loss = step()
@@ -209,6 +262,10 @@ class RootedLossMixin(ExactEvaluation):
         if inputs.get(name) is None:
             raise RLOError(f"a batch has no {name!r}; it has {', '.join(inputs)}")
         self._targets = self._aligned(inputs)
+        self._weights = self._aligned_weights(inputs, self._targets)
+        inputs.pop(COLUMN, None)
+        if self._callable is not None:
+            self._callable.batch = dict(inputs) if model.training else None
         inputs.pop("shift_labels", None)
         if name != "labels":
             inputs["labels"] = inputs.pop(name)
@@ -219,7 +276,7 @@ class RootedLossMixin(ExactEvaluation):
         if fused:
             self._path.decide(base, self._host)
             self._path.keep = checked
-        with self._path.taken(self._targets) if fused else nullcontext():
+        with self._path.taken(self._targets, self._weights) if fused else nullcontext():
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -232,7 +289,7 @@ class RootedLossMixin(ExactEvaluation):
             loss = loss + router
         elif isinstance(outputs, tuple):
             outputs = (loss, *outputs)  # prediction_step takes the first of a tuple for the loss
-        self._targets = self._path.total = self._path.seen = None
+        self._targets = self._weights = self._path.total = self._path.seen = None
         return (loss, outputs) if return_outputs else loss
 
     def _expect(self, outputs: Any, num_items_in_batch: Any, router: Tensor | float) -> None:
@@ -242,18 +299,20 @@ class RootedLossMixin(ExactEvaluation):
         if self._path.seen is not None:
             head, hidden = self._path.seen
             rows, labels = matched(hidden, target, self.task).flatten(0, -2), target.flatten()
-            labels = labels.to(rows.device)
-            total = torch.zeros((), dtype=torch.float64, device=rows.device)
-            for start in range(0, len(labels), 256):
-                part = logits_of(head, rows[start : start + 256])
-                total += reference_total(self.loss_objective, part, labels[start : start + 256])
+            total = reference_total(
+                self.loss_objective,
+                lambda start, stop: logits_of(head, rows[start:stop]),
+                labels.to(rows.device),
+                self._weights,
+            )
         else:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
             logits = matched(logits, target, self.task)
-            total = reference_total(self.loss_objective, logits, target.to(logits.device))
+            target = target.to(logits.device)
+            total = reference_total(self.loss_objective, logits, target, self._weights)
         count = num_items_in_batch
         if count is None:
-            count = self.loss_objective.count(target)
+            count = self._count(target, self._weights)
         total = total * self._processes(num_items_in_batch)
         self._check.expect(total, count, torch.as_tensor(router).detach())
 
@@ -272,13 +331,15 @@ class RootedLossMixin(ExactEvaluation):
             if target.is_floating_point():
                 total = self.loss_objective.binary_total(logits, target)
             else:
-                total = self.loss_objective.total(logits.flatten(0, -2), target.flatten())
+                share = None if self._weights is None else self._weights.flatten()
+                rows = logits.flatten(0, -2)
+                total = self.loss_objective.total(rows, target.flatten(), weights=share)
         count = num_items_in_batch
         if count is None:
-            count = self.loss_objective.count(target)
+            count = self._count(target, self._weights)
         count = torch.as_tensor(count, device=total.device)
         # A batch without any label trains on nothing, as a zero and not as 0/0.
-        return total / count.clamp(min=torch.finfo(torch.float32).tiny)
+        return total / count.where(count != 0, 1)
 
 
 class Trainer(RootedLossMixin, transformers.Trainer):
@@ -301,6 +362,14 @@ class Trainer(RootedLossMixin, transformers.Trainer):
         check: Whether the first training batch is checked: the loss that is propagated must be the
             objective of its outputs, else the run stops with the file and line of what is in its
             place.
+        weights: A function of a batch and the statistics of its kept labels
+            (`rlo_core.gates.RowStatistics`: ce, p, entropy, top1) that returns the weight of each,
+            without gradient, in training. The mean does not divide by these.
+        weight_mean: Whether the mean divides by the sum of the `loss_weight` column over the kept
+            labels ("weights") or by their number ("tokens").
+
+    A column `loss_weight` of the data, a number for a row or a list with one for each token, weighs
+    the training loss; evaluation leaves it out.
 
     Raises:
         RLOError: question answering, regression, `nn.DataParallel`, DeepSpeed sequence parallelism,

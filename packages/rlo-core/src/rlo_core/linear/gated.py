@@ -109,6 +109,7 @@ def gated_linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
     token_weight: Tensor | None = None,
     reduction: str = "sum",
     softcap: float | None = None,
@@ -130,6 +131,7 @@ def gated_linear_cross_entropy(
         gates: Detached factors of each token's loss, multiplied.
         bias: (V) or None.
         ignore_index: Tokens with this target count for nothing.
+        label_smoothing: In [0, 1]; not with gates.
         token_weight: (N) or None.
         reduction: "sum", or "mean": by the sum of `token_weight` over kept tokens, or their number.
         softcap: Logits become `softcap * tanh(logits / softcap)`.
@@ -163,7 +165,7 @@ def gated_linear_cross_entropy(
         bias=bias,
         classes=weight.shape[0],
         ignore_index=ignore_index,
-        label_smoothing=0.0,
+        label_smoothing=label_smoothing,
         token_weight=token_weight,
         reduction=reduction,
         softcap=softcap,
@@ -171,6 +173,8 @@ def gated_linear_cross_entropy(
         impl="chunked",
         memory_budget=memory_budget,
     )
+    if gates and label_smoothing:
+        raise ValueError(f"gates take no label smoothing, got {label_smoothing}")
     if any("reference_ce" in gate.needs for gate in gates) and reference_ce is None:
         raise SpecError("this gate needs a reference model: reference_ce was not given")
     plan = plan_linear_loss(
@@ -181,7 +185,7 @@ def gated_linear_cross_entropy(
     recording = torch.is_grad_enabled()
     options = Options(
         ignore_index=ignore_index,
-        label_smoothing=0.0,
+        label_smoothing=label_smoothing,
         softcap=softcap,
         compute=compute,
         rows=plan.rows,

@@ -69,3 +69,12 @@ class FinetuneOptions:
     gradient_checkpointing: bool = False
     linear: Literal["auto", "fused", "off"] = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, or -1, got {self.max_steps}")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be positive, got {self.epochs}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +20,48 @@ from rlo_core.lm.perplexity import PerplexityResult, perplexity
 from rlo_core.lm.text import Split, TextData, hold_out, load_text
 from rlo_core.lm.tokens import token_blocks, token_ids, window_length
 from rlo_core.registry import create_loss
-from rlo_core.runs.record import Run
+from rlo_core.runs.record import Run, read_metrics
 from torch import Tensor
 
 from rlo_hf.finetuning.adapters import check_adapters, with_adapters
 from rlo_hf.finetuning.options import FinetuneOptions
-from rlo_hf.finetuning.resuming import CHECKPOINTS, check_same, last_checkpoint
+from rlo_hf.finetuning.resuming import CHECKPOINTS, check_same, last_checkpoint, rewind
 from rlo_hf.finetuning.trainer import Report, device, trainer_of
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finetuning measured; the fields after the third are None without training.
+
+    Attributes:
+        perplexity_before: exp of `ce_before`.
+        ce_before: Mean cross entropy of a held-out token, nats.
+        eval_tokens: The tokens it was measured on.
+        perplexity_after: exp of `ce_after`.
+        ce_after: The same after training.
+        steps: Updates.
+        train_seconds: Of training alone.
+        train_loss: The mean objective in training.
+        linear_path: "fused", or why the logits were built.
+        model: The folder of the model, if it was saved.
+        pushed: Its hub name, if it was pushed.
+    """
+
+    perplexity_before: float
+    ce_before: float
+    eval_tokens: int
+    perplexity_after: float | None = None
+    ce_after: float | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+    train_loss: float | None = None
+    linear_path: str | None = None
+    model: str | None = None
+    pushed: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what is known, as it is in run.json."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def finetune(
@@ -37,30 +72,37 @@ def finetune(
     resume: bool = False,
     eval_only: bool = False,
     push: str | None = None,
+    save_steps: int | None = None,
     say: Report = lambda line: None,
-) -> dict[str, Any]:
+) -> FinetuneResult:
     """Finetune, measure perplexity before and after, write the run and the report.
 
     Args:
         options: What decides the result; it goes into run.json.
         save: The folder for the model (or its adapters) and tokenizer; None saves nothing.
         merge: Save the model with its adapters merged in.
-        resume: Go on from the last checkpoint in the run folder.
+        resume: Go on from the newest whole checkpoint in the run folder.
         eval_only: Measure perplexity and stop.
         push: The hub name to push the model to; None for nowhere.
+        save_steps: Updates between checkpoints; None for ten minutes and every epoch.
         say: Is given lines for a person.
 
     Returns:
-        The summary that is in run.json.
+        What is in the summary of run.json.
 
     Raises:
         RLOError: on a model, data set, loss or run folder that is not as it must be.
     """
     create_loss(options.loss)  # an unknown loss is said before anything is loaded
     check_adapters(options)
+    if save_steps is not None and save_steps < 1:
+        raise ValueError(f"save_steps must be at least 1, got {save_steps}")
     out = Path(options.out)
+    checkpoint = None
     if resume:
         check_same(out, options)
+        checkpoint = last_checkpoint(out, say)
+        rewind(out, int(checkpoint.rpartition("-")[2]))
     transformers.set_seed(options.seed)
     train, held = _texts(options, eval_only=eval_only)
     tokenizer = open_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
@@ -91,6 +133,8 @@ def finetune(
         resume=resume,
     )
 
+    measured = {row["step"] for row in read_metrics(out) if row.get("split") == "eval"}
+
     def measure(step: int) -> PerplexityResult:
         result = perplexity(
             model,
@@ -99,10 +143,13 @@ def finetune(
             batch_size=options.batch_size,
             max_tokens=options.eval_tokens,
         )
-        run.log(step=step, split="eval", ce=result.ce, perplexity=result.perplexity)
+        if step not in measured:
+            run.log(step=step, split="eval", ce=result.ce, perplexity=result.perplexity)
+            measured.add(step)
         say(f"step {step}: perplexity {result.perplexity:.3f}, ce {result.ce:.4f} nats")
         return result
 
+    # Also after a break, since the model is loaded as it was at the start; it is logged once.
     with model.disable_adapter() if options.lora and not eval_only else nullcontext():
         before = measure(0)
     summary: dict[str, Any] = {
@@ -111,9 +158,9 @@ def finetune(
         "eval_tokens": before.tokens,
     }
     if not eval_only:
-        trainer = trainer_of(model, rows, options, run, measure, say)
+        trainer = trainer_of(model, rows, options, run, measure, say, save_steps)
         try:
-            done = trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+            done = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
             run.finish(status="interrupted", **summary)
             raise
@@ -139,7 +186,7 @@ def finetune(
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     run.finish(**summary)
     _write_report(out)
-    return summary
+    return FinetuneResult(**summary)
 
 
 def _write_report(out: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rlo_core.errors import RLOError
+from rlo_core.errors import RLOError, RunError
 from rlo_core.lm.perplexity import PerplexityResult
 from rlo_core.runs.record import Run
 from torch import Tensor
 
 from rlo_hf.finetuning.options import FinetuneOptions
-from rlo_hf.finetuning.resuming import CHECKPOINTS
+from rlo_hf.finetuning.resuming import CHECKPOINTS, checkpoints_of, put_in_place
 from rlo_hf.trainer import Trainer
 
 Report = Callable[[str], object]
@@ -34,6 +37,7 @@ def trainer_of(
     run: Run,
     measure: Callable[[int], PerplexityResult],
     say: Report,
+    save_steps: int | None = None,
 ) -> Trainer:
     """Return the Trainer for a model and its rows.
 
@@ -44,6 +48,7 @@ def trainer_of(
         run: Where its records and checkpoints go.
         measure: Is called with the step after every epoch but the last.
         say: Is given lines for a person.
+        save_steps: Updates between checkpoints; None for ten minutes and every epoch.
 
     Raises:
         RLOError: an unknown precision, or a loss that the model cannot be trained on.
@@ -66,8 +71,8 @@ def trainer_of(
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         seed=options.seed,
-        save_strategy="epoch",
-        save_total_limit=1,
+        save_strategy="epoch" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
         logging_steps=10,
         logging_first_step=True,
         report_to=[],
@@ -79,17 +84,63 @@ def trainer_of(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     say(f"{len(rows)} blocks of {options.block} tokens, {steps} updates, {precision}")
-    trainer = Trainer(
+    callbacks: list[Any] = [Record(run, measure)]
+    if save_steps is None:
+        callbacks.append(SaveByTheClock())
+    trainer = CheckpointedTrainer(
         model,
         args,
         train_dataset=rows,
         loss=options.loss,
         linear=options.linear,
-        callbacks=[Record(run, measure)],
+        callbacks=callbacks,
     )
     # It prints its records on stdout, where a JSON document may be wanted.
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+class CheckpointedTrainer(Trainer):
+    """A Trainer whose checkpoints are there whole or not at all; the newest two stay."""
+
+    _making: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._making is not None:
+            return self._making
+        return str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        making = folder / "unfinished"
+        self._making = str(making)
+        step = self.state.global_step
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                put_in_place(making / f"checkpoint-{step}", folder, keep=2)
+        except OSError as error:
+            whole = [path.name for path in checkpoints_of(folder)]
+            way_out = f"--resume goes on from {whole[0]}" if whole else "there is no older one"
+            raise RunError(f"checkpoint-{step} could not be written: {error}; {way_out}") from error
+        finally:
+            self._making = None
+            if self.args.should_save:
+                shutil.rmtree(making, ignore_errors=True)
+
+
+class SaveByTheClock(transformers.TrainerCallback):
+    """Asks for a checkpoint when ten minutes have gone by since the last one."""
+
+    def __init__(self, seconds: float = 600.0) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.monotonic()
 
 
 class Record(transformers.TrainerCallback):
