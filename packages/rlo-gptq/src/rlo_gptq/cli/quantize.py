@@ -216,7 +216,7 @@ def quantize(
         sym, integer_zero = False, True
     if qfn == "b" or (compat and incoh_processing):
         sym, integer_zero = True, False
-    gguf = _gguf_type(formats, gguf_type, tuned=tune, unbiased=unbiased, compat=compat)
+    gguf = _gguf_type(formats, gguf_type, tuned=bool(tune), unbiased=unbiased, compat=compat)
     if gguf is not None:
         formats = ()
         _check_gguf_options(
