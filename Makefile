@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, a file each; 0 for one that can be debugged.
+WORKERS ?= 2
 PACKAGES := rlo-core rlo-timm rlo-hf rlo-gptq rlo-stylegan
 PYPROJECTS := pyproject.toml $(PACKAGES:%=packages/%/pyproject.toml)
 # numpy, scikit-learn and others have left Python 3.10, so it has a resolution of its own.
@@ -34,7 +36,7 @@ demo: install
 test: lint types pytest
 
 test-all: lint types install
-	$(BIN)/python -m pytest -m "not gpu and not upstream"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not upstream"
 
 # Lint, and the tests that go with the files that differ from BASE (its own commits included).
 BASE ?= main
@@ -56,7 +58,7 @@ types: install
 	$(BIN)/mypy
 
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Sphinx, MyST and furo are installed here only; every warning is an error, doctests run.
 docs: $(VENV)/.docs
