@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def hang_at_sync(number: int) -> None:
     real, calls = os.fsync, []
 
     def sync(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == number:
-            hang()
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # the folder is synced after each file
+            calls.append(descriptor)
+            if len(calls) == number:
+                hang()
         real(descriptor)
 
     os.fsync = sync

@@ -5,6 +5,8 @@ Every host writes these two files and `rlo report` renders any number of them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RunError
-from rlo_core.files import write_json
+from rlo_core.files import write_json, write_text
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -98,8 +100,11 @@ class Run:
         seed: int | None = None,
         data: Mapping[str, Any] | None = None,
         resume: bool = False,
+        known: Mapping[str, float] | None = None,
     ) -> Run:
         """Start a run: write `run.json`, and empty `metrics.jsonl` unless `resume`.
+
+        Hold `rlo_core.runs.folder.lock_folder` around it and all that the run writes.
 
         Args:
             folder: The run folder.
@@ -109,6 +114,11 @@ class Run:
             seed: The seed.
             data: What identifies the data: name, sizes, a fingerprint.
             resume: Go on with the metrics that are there.
+            known: With `resume`, how far the checkpoint goes, e.g. `{"epoch": 3}`: later records
+                are dropped, for the run is about to measure them again.
+
+        Raises:
+            RunError: with `resume`, if the metrics that are there cannot be read.
         """
         run = cls(folder)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -125,16 +135,25 @@ class Run:
         }
         write_json(run.folder / RUN_FILE, run._document)
         metrics = run.folder / METRICS_FILE
-        if not resume or not metrics.exists():
+        if resume and metrics.exists():
+            _cut_metrics(run.folder, known or {})
+        else:
             metrics.write_bytes(b"")
         return run
 
     def log(self, **record: Any) -> None:
         """Append one line of numbers and strings, e.g. `epoch=3, split="val", ce=0.41`."""
         line = json.dumps({key: _plain(value) for key, value in record.items()}, default=str) + "\n"
-        # One write: a line is whole or absent.
-        with (self.folder / METRICS_FILE).open("ab") as handle:
-            handle.write(line.encode("utf-8"))
+        with (self.folder / METRICS_FILE).open("ab", buffering=0) as handle:
+            size = handle.tell()
+            try:
+                whole = handle.write(line.encode("utf-8")) == len(line.encode("utf-8"))
+                if not whole:  # a disk that is full takes a part, and says so at the next write
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), handle.name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    handle.truncate(size)
+                raise
 
     def finish(self, *, status: str = "done", **summary: Any) -> None:
         """Write the summary into `run.json`."""
@@ -142,6 +161,21 @@ class Run:
         self._document["seconds"] = round(time.monotonic() - self._started, 3)
         self._document["summary"] = {key: _plain(value) for key, value in summary.items()}
         write_json(self.folder / RUN_FILE, self._document)
+
+
+def _cut_metrics(folder: Path, known: Mapping[str, float]) -> None:
+    """Drop the records beyond what is known, and a last line that was cut off."""
+    kept = [
+        record
+        for record in read_metrics(folder)
+        if all(_at_most(record.get(name), last) for name, last in known.items())
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_text(folder / METRICS_FILE, lines)
+
+
+def _at_most(value: Any, last: float) -> bool:
+    return not isinstance(value, (int, float)) or value <= last
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
