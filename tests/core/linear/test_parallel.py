@@ -215,3 +215,38 @@ def test_a_shard_outside_the_vocabulary_is_refused():
             first_class=0,
             classes=31,
         )
+
+
+def _an_empty_shard(rank: int) -> None:
+    hidden, weight, bias, target = problem()
+    split = (0, CLASSES) if rank == 0 else (CLASSES, CLASSES)
+    for smoothing in (0.0, 0.1):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        expected = link_linear_cross_entropy(
+            h, w, target, Rooted(3.0), bias=bias, label_smoothing=smoothing
+        )
+        expected.backward()
+        hr = hidden.clone().requires_grad_()
+        wr = weight[slice(*split)].clone().requires_grad_()
+        found = vocab_parallel_linear_cross_entropy(
+            hr,
+            wr,
+            target,
+            Rooted(3.0),
+            first_class=split[0],
+            classes=CLASSES,
+            bias=bias[slice(*split)],
+            label_smoothing=smoothing,
+        )
+        found.backward()
+        close(found, expected)
+        assert hr.grad is not None
+        assert wr.grad is not None
+        assert h.grad is not None
+        assert w.grad is not None
+        close(hr.grad, h.grad)
+        close(wr.grad, w.grad[slice(*split)])
+
+
+def test_a_rank_with_no_class_of_a_small_vocabulary_takes_part(tmp_path: Path) -> None:
+    on_two_ranks(_an_empty_shard, tmp_path)

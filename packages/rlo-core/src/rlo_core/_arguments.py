@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+
+class TensorError(ValueError, RuntimeError):
+    """A tensor of the wrong shape or on the wrong device: torch raises either of the two."""
+
+
+class TensorTypeError(TypeError, RuntimeError):
+    """A tensor of the wrong dtype, for which torch raises RuntimeError."""
+
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -22,11 +32,11 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError for a label outside [0, classes).
 
     On the CPU only: elsewhere it would wait for the device, and torch's own device assert speaks.
-    Skipped while compiling or under torch.func, where values cannot be read.
+    Skipped while compiling, under torch.func and for fake tensors: there are no values to read.
     """
     if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(target):
+    if torch._C._functorch.is_functorch_wrapped_tensor(target) or isinstance(target, FakeTensor):
         return
     low, high = torch.aminmax(target)
     if low >= 0 and high < classes:
@@ -50,18 +60,18 @@ def check_classes(
     check_reduction(reduction)
     check_smoothing(label_smoothing)
     if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+        raise TensorTypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0:
-        raise ValueError("logits must have shape (C), (N, C) or (N, C, d1, ..., dK), got ()")
+        raise TensorError("logits must have shape (C), (N, C) or (N, C, d1, ..., dK), got ()")
     if target.device != logits.device:
-        raise ValueError(
+        raise TensorError(
             f"target must be on the device of logits, {logits.device}, got {target.device}"
         )
     shape = tuple(logits.shape)
     classes = shape[0] if len(shape) == 1 else shape[1]
     if target.is_floating_point():
         if tuple(target.shape) != shape:
-            raise ValueError(
+            raise TensorError(
                 f"probability target must have the shape of logits, {shape}, got "
                 f"{tuple(target.shape)}; class indices must be int64, not {target.dtype}"
             )
@@ -71,30 +81,30 @@ def check_classes(
             )
     else:
         if target.dtype not in (torch.int64, torch.uint8):
-            raise TypeError(
+            raise TensorTypeError(
                 f"target must be int64 class indices or floating probabilities, got {target.dtype}"
             )
         expected = shape[:1] + shape[2:] if len(shape) > 1 else ()
         if tuple(target.shape) != expected:
-            raise ValueError(
+            raise TensorError(
                 f"target must have shape {expected} for logits of shape {shape}, got "
                 f"{tuple(target.shape)}"
             )
         check_labels(target, classes, ignore_index)
     if weight is not None and tuple(weight.shape) != (classes,):
-        raise ValueError(f"weight must have shape ({classes},), got {tuple(weight.shape)}")
+        raise TensorError(f"weight must have shape ({classes},), got {tuple(weight.shape)}")
 
 
 def check_binary(logits: Tensor, target: Tensor, reduction: str) -> None:
     """Check the arguments of a binary loss."""
     check_reduction(reduction)
     if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+        raise TensorTypeError(f"logits must be floating point, got {logits.dtype}")
     if target.shape != logits.shape:
-        raise ValueError(
+        raise TensorError(
             f"target must have shape {tuple(logits.shape)} like logits, got {tuple(target.shape)}"
         )
     if target.device != logits.device:
-        raise ValueError(
+        raise TensorError(
             f"target must be on the device of logits, {logits.device}, got {target.device}"
         )

@@ -111,6 +111,7 @@ class _RowLoss(torch.autograd.Function):
         else:
             kept = len(target) - dropped.sum()
             loss = loss.sum() / kept
+            kept = kept.clamp(min=1)  # an empty mean is NaN, its derivatives are zero
         ctx.save_for_backward(q, ce, index, dropped)
         ctx.options = link, kept, reduction, logits.dtype
         ctx.set_materialize_grads(False)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlo_core.links import CE, Link
+
+
+@contextmanager
+def _differentiable_again(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Let an outer forward-mode derivative see what a `jvp` computes.
+
+    torch calls a `jvp` with forward mode off, for all levels: the second of two nested derivatives
+    would be a silent zero. With it on, what was saved has to give up its tangent of this level,
+    which `jvp` is handed as an argument; its tangents of outer levels stay.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved)
 
 
 class _ApplyLink(torch.autograd.Function):
@@ -42,9 +57,9 @@ class _ApplyLinkEager(_ApplyLink):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (ce,) = ctx.saved_tensors
-        slope: Tensor = ctx.link.slope(ce)
-        return tangent * slope
+        with _differentiable_again(*ctx.saved_tensors) as (ce,):
+            slope: Tensor = ctx.link.slope(ce)
+            return tangent * slope
 
 
 def apply_link(ce: Tensor, link: Link) -> Tensor:
@@ -113,10 +128,10 @@ class HalfCrossEntropy(CrossEntropy):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # torch.compile cannot trace one
-        logits, target = ctx.saved_tensors
-        tangent = tangent.float()
-        mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
-        return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        with _differentiable_again(*ctx.saved_tensors) as (logits, target):
+            tangent = tangent.float()
+            mean = (F.softmax(logits, dim=-1, dtype=torch.float32) * tangent).sum(-1)
+            return mean - tangent.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

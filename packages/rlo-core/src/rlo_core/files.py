@@ -56,16 +56,21 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove the temporary files of `atomic_path` below `folder` whose process has ended.
+def remove_leftovers(folder: str | os.PathLike[str], *, deep: bool = True) -> list[Path]:
+    """Remove the temporary files of `atomic_path` in `folder` whose process has ended.
 
     Call it while no other process begins to write there (see `rlo_core.runs.folder`).
+
+    Args:
+        folder: Where to look.
+        deep: Look in the folders below too.
 
     Returns:
         What was removed.
     """
     removed = []
-    for path in sorted(Path(folder).rglob(".*.tmp")):
+    find = Path(folder).rglob if deep else Path(folder).glob
+    for path in sorted(find(".*.tmp")):
         found = _TEMPORARY.fullmatch(path.name)
         if found is None or path in _being_written:
             continue

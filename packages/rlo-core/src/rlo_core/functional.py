@@ -2,8 +2,9 @@
 
 Semantics are those of `torch.nn.functional.cross_entropy` throughout: the same shapes, targets,
 class weights, `ignore_index`, label smoothing and reductions. Half-precision logits are computed in
-float32. NaN logits give a NaN loss. Everything here is differentiable twice, works under
-`torch.func` and compiles without a graph break.
+float32. NaN logits give a NaN loss. Everything here is differentiable to any order, forwards and
+backwards and in any nesting of the two, works under `torch.func` and compiles without a graph
+break.
 """
 
 from __future__ import annotations
@@ -61,18 +62,23 @@ def link_cross_entropy(
 
     Raises:
         ValueError, TypeError, IndexError: on the wrong shape, dtype, device, option or label; each
-            message says what was expected and what was got.
+            message says what was expected and what was got. Where torch raises RuntimeError, on
+            shapes, dtypes and devices, it is one too.
     """
     plain = weight is None and label_smoothing == 0.0 and is_plain(logits, target)
     if plain and type(link) is not CE:
         check_reduction(reduction)
         return row_loss(logits, target, link, ignore_index, reduction)
     check_classes(logits, target, weight, ignore_index, label_smoothing, reduction)
-    if type(link) is CE and logits.dtype not in (torch.float16, torch.bfloat16):
+    if target.dtype == torch.uint8:
+        target = target.long()
+    # torch's own cannot smooth under vmap.
+    composed = label_smoothing > 0.0 and torch._C._are_functorch_transforms_active()
+    if type(link) is CE and not composed and logits.dtype not in (torch.float16, torch.bfloat16):
         return F.cross_entropy(
             logits,
             target,
-            weight=weight,
+            weight=None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
@@ -127,36 +133,38 @@ def _hard(
 ) -> Tensor:
     half = logits.dtype in (torch.float16, torch.bfloat16)
     compiling = torch.compiler.is_compiling()
-    if target.dtype != torch.int64:
-        target = target.long()
     kept = target != ignore_index
     class_dim = 1 if logits.dim() > 1 else 0
+    safe = target.masked_fill(~kept, 0)
     if smoothing > 0.0:
         log_p = F.log_softmax(logits, class_dim, dtype=wide_dtype(logits))
-        safe = target.masked_fill(~kept, 0)
         ce = -log_p.gather(class_dim, safe.unsqueeze(class_dim)).squeeze(class_dim)
     elif half or compiling:
-        safe = target.masked_fill(~kept, 0)
         function = CrossEntropy if compiling else HalfCrossEntropy
-        ce = function.apply(logits.movedim(class_dim, -1), safe).masked_fill(~kept, 0.0)
+        ce = function.apply(logits.movedim(class_dim, -1), safe)
     else:
-        safe = target if weight is None else target.masked_fill(~kept, 0)
         ce = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
-    loss = apply_link(ce, link)
+    # Anything but 0, where a link may have an infinite slope, whose derivative would be 0 * inf.
+    loss = apply_link(ce.masked_fill(~kept, 1.0), link)
     if weight is not None:
         weight = weight.to(loss.dtype)
-        counted = weight[safe].masked_fill(~kept, 0.0)
+        # index_select and not weight[safe], which reads a lone index and so fails under vmap.
+        counted = weight.index_select(0, safe.reshape(-1)).reshape(safe.shape)
+        counted = counted.masked_fill(~kept, 0.0)
         loss = loss * counted
     if smoothing > 0.0:
         spread = apply_link(-log_p, link).movedim(class_dim, -1)
         spread = spread.mean(-1) if weight is None else (spread * weight).mean(-1)
         loss = loss * (1.0 - smoothing) + spread * smoothing
-        loss = loss.masked_fill(~kept, 0.0)  # without smoothing ce is 0 there, and so is its link
+    loss = loss.masked_fill(~kept, 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / (kept.sum() if weight is None else counted.sum())
+    count = kept.sum() if weight is None else counted.sum()
+    # NaN for an empty mean, as in torch, whose gradients of every order are zero: not 0 * (1/0).
+    empty = count == 0
+    return (loss.sum() / count.masked_fill(empty, 1)).masked_fill(empty, torch.nan)
 
 
 def _soft(

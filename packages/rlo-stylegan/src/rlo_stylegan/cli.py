@@ -10,7 +10,8 @@ import click
 from rlo_core.cli.groups import FriendlyGroup, format_table
 
 if TYPE_CHECKING:
-    from rlo_stylegan.layers import Plan
+    from rlo_stylegan.layers import Layer
+    from rlo_stylegan.patching import Change
 
 _FOLDER = click.Path(path_type=Path)
 _checkout = click.argument("checkout", type=_FOLDER)
@@ -39,14 +40,11 @@ def apply(checkout: Path, compat: bool, dry_run: bool, diff: bool, as_json: bool
     Two files change, training/loss.py and train.py; `revert` gives every byte back. The default of
     --loss is ce, which is the original loss bit for bit.
     """
-    from rlo_stylegan.checkout import find_checkout
-    from rlo_stylegan.layers import plan
-    from rlo_stylegan.ledger import Ledger
+    from rlo_stylegan.patching import apply as apply_to
 
-    found = find_checkout(checkout)
-    layers = {*Ledger.load(found.root).layers, "loss", *(["compat"] if compat else [])}
-    done = f"now: python {found.root / 'train.py'} --loss rlo --kparam 2 ..."
-    _finish(plan(found, sorted(layers)), "apply", dry_run, diff, as_json, done)
+    change = apply_to(checkout, compat=compat, dry_run=dry_run or diff)
+    done = f"now: python {change.checkout / 'train.py'} --loss rlo --kparam 2 ..."
+    _show(change, "apply", dry_run, diff, as_json, done)
 
 
 @main.command()
@@ -59,45 +57,37 @@ def apply(checkout: Path, compat: bool, dry_run: bool, diff: bool, as_json: bool
 @_dry_run
 @_diff
 @_json
-def revert(checkout: Path, only: str | None, dry_run: bool, diff: bool, as_json: bool) -> None:
+def revert(checkout: Path, only: Layer | None, dry_run: bool, diff: bool, as_json: bool) -> None:
     """Give back every byte that `apply` and `doctor --compat` changed."""
-    from rlo_stylegan.checkout import find_checkout
-    from rlo_stylegan.layers import plan
-    from rlo_stylegan.ledger import Ledger
+    from rlo_stylegan.patching import revert as revert_in
 
-    found = find_checkout(checkout)
-    ledger = Ledger.load(found.root)
-    layers = [layer for layer in ledger.layers if only is not None and layer != only]
-    done = f"left in force: {', '.join(layers)}" if layers else "the checkout is as it was"
-    _finish(plan(found, layers), "revert", dry_run, diff, as_json, done)
+    change = revert_in(checkout, only=only, dry_run=dry_run or diff)
+    left = ", ".join(change.layers)
+    done = f"left in force: {left}" if left else "the checkout is as it was"
+    _show(change, "revert", dry_run, diff, as_json, done)
 
 
-def _finish(planned: Plan, verb: str, dry_run: bool, diff: bool, as_json: bool, done: str) -> None:
-    """Print a plan or carry it out."""
-    from rlo_stylegan.layers import carry_out
-
-    if diff and not as_json:
-        click.echo(planned.diff(), nl=False)
-        return
-    files = planned.files
-    written = [] if dry_run or diff else carry_out(planned)
+def _show(change: Change, verb: str, dry_run: bool, diff: bool, as_json: bool, done: str) -> None:
+    """Print what was done to a checkout, or would be."""
     if as_json:
         document: dict[str, Any] = {
-            "checkout": str(planned.checkout.root),
-            "family": planned.checkout.family(),
-            "layers": list(planned.layers),
-            "files": files,
-            "written": written,
+            "checkout": str(change.checkout),
+            "family": change.family,
+            "layers": list(change.layers),
+            "files": list(change.files),
+            "written": list(change.written),
         }
-        click.echo(json.dumps(document | ({"diff": planned.diff()} if diff else {}), indent=2))
+        click.echo(json.dumps(document | ({"diff": change.diff} if diff else {}), indent=2))
         return
-    root = planned.checkout.root
-    if not files:
-        click.echo(f"nothing to {verb} in {root} ({planned.checkout.family()})")
+    at = f"{change.checkout} ({change.family})"
+    if diff:
+        click.echo(change.diff, nl=False)
+    elif not change.files:
+        click.echo(f"nothing to {verb} in {at}")
     elif dry_run:
-        click.echo(f"would change in {root} ({planned.checkout.family()}): {', '.join(files)}")
+        click.echo(f"would change in {at}: {', '.join(change.files)}")
     else:
-        click.echo(f"changed in {root} ({planned.checkout.family()}): {', '.join(written)}")
+        click.echo(f"changed in {at}: {', '.join(change.written)}")
         click.echo(done)
 
 
@@ -163,14 +153,15 @@ def doctor(
     """
     from rlo_stylegan.checkout import find_checkout
     from rlo_stylegan.doctor import examine
-    from rlo_stylegan.layers import plan
     from rlo_stylegan.ledger import Ledger
+    from rlo_stylegan.patching import bring
 
     found = find_checkout(checkout)
     if compat or diff or dry_run:
-        layers = sorted({*Ledger.load(found.root).layers, "compat"})
+        layers = {*Ledger.load(found.root).layers, "compat"}
+        change = bring(found, layers, dry_run=dry_run or diff)
         done = "`rlo-stylegan revert --only compat` undoes it"
-        _finish(plan(found, layers), "repair", dry_run, diff, as_json, done)
+        _show(change, "repair", dry_run, diff, as_json, done)
         return
     findings = examine(found)
     if as_json:

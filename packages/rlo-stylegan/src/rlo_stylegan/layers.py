@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from rlo_stylegan.checkout import LOSS, SCRIPT, Checkout
+from rlo_core.files import remove_leftovers
+from rlo_core.runs.folder import lock_folder
+
+from rlo_stylegan.checkout import LOSS, RECORD, SCRIPT, Checkout
 from rlo_stylegan.compat import repair_checkout
 from rlo_stylegan.errors import ChangedError, CheckoutError
 from rlo_stylegan.ledger import Ledger
@@ -103,13 +106,19 @@ def carry_out(planned: Plan) -> list[str]:
 
     Raises:
         ChangedError: a file changed in the meantime.
+        RunError: another process is changing the checkout; it is named.
     """
     checkout = planned.checkout
-    ledger = Ledger.load(checkout.root)
-    if planned.layers == ledger.layers and ledger.coming is None:
-        ledger.close()  # of what an interruption at the very end may have left
-        return []
-    for name, content in planned.before.items():
-        if checkout.read(name) != content:
-            raise ChangedError(f"{name} changed while the change was being planned; run it again")
-    return ledger.change(planned.layers, planned.after)
+    with lock_folder(checkout.root / RECORD):
+        ledger = Ledger.load(checkout.root)
+        if planned.layers == ledger.layers and ledger.coming is None:
+            ledger.close()  # of what an interruption at the very end may have left
+            return []
+        for name, content in planned.before.items():
+            if checkout.read(name) != content:
+                raise ChangedError(
+                    f"{name} changed while the change was being planned; run it again"
+                )
+        for folder in sorted({(checkout.root / name).parent for name in planned.after}):
+            remove_leftovers(folder, deep=False)
+        return ledger.change(planned.layers, planned.after)

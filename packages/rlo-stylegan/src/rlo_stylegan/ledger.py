@@ -4,8 +4,9 @@ A checkout is the original files and a set of layers (`loss`, `compat`), and its
 function of the two. The folder `.rlo-stylegan` holds the originals and a ledger of which layers are
 in force and which bytes that made. A change is written ahead: the ledger first says what is coming,
 then the files are replaced one by one, each whole, then the ledger says it is done. Stopped
-anywhere in between, each file is one of the two that the ledger knows, so the same command, or its
-opposite, goes on from there.
+anywhere in between, and again in the change that goes on from there, each file is one of those that
+the ledger knows: it forgets no content until a change has come to its end. One process at a time
+changes a checkout (see `rlo_stylegan.layers.carry_out`).
 """
 
 from __future__ import annotations
@@ -34,16 +35,30 @@ def digest(content: bytes) -> str:
 
 @dataclass
 class Entry:
-    """One file: digests of its original, of what was last written, and of what is being written."""
+    """One file: digests of its original, of what was last written, and of what is being written.
+
+    `earlier` are those that changes which were stopped may have left.
+    """
 
     original: str
     now: str
     mode: int
     coming: str | None = None
+    earlier: list[str] = field(default_factory=list)
 
     def known(self, found: str) -> bool:
         """Tell whether `found` is a content that this tool left."""
-        return found in (self.now, self.coming)
+        return found in (self.now, self.coming, *self.earlier)
+
+    def expect(self, coming: str) -> None:
+        """Note what is being written, beside all that may be there until it is."""
+        if self.coming is not None:
+            self.earlier = sorted({*self.earlier, self.coming} - {coming})
+        self.coming = coming
+
+    def arrive(self) -> None:
+        """Note that it is written: nothing else can be there now."""
+        self.now, self.coming, self.earlier = self.coming or self.now, None, []
 
 
 @dataclass
@@ -162,7 +177,7 @@ class Ledger:
             return []
         self._keep_originals([name for name in wanted if name not in self.files])
         for name, content in wanted.items():
-            self.files[name].coming = digest(content)
+            self.files[name].expect(digest(content))
         self.coming = layers
         self._save()
         written = []
@@ -173,7 +188,7 @@ class Ledger:
             # Not in _write: a stop between replacing a file and this line must not lose its mode.
             (self.root / name).chmod(self.files[name].mode)
         for entry in self.files.values():
-            entry.now, entry.coming = entry.coming or entry.now, None
+            entry.arrive()
         self.layers, self.coming = layers, None
         gone = [name for name, entry in self.files.items() if entry.now == entry.original]
         for name in gone:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from rlo_core._cross_entropy import apply_link
 from rlo_core.functional import IGNORE_INDEX, Reduction
@@ -148,7 +149,7 @@ def sharded_loss(
     )
     if explain and not torch.compiler.is_compiling():
         print(plan, file=sys.stderr)
-    if shift:
+    if shift and target.shape[-1]:
         # Moving the targets instead of slicing hidden saves a copy of it.
         target = F.pad(target[..., 1:], (0, 1), value=ignore_index)
         if token_weight is not None:
@@ -204,6 +205,11 @@ def _settings(
     )
 
 
+def _has_no_values(hidden: Tensor) -> bool:
+    """Whether only shapes are followed: while compiling, and for fake and meta tensors."""
+    return torch.compiler.is_compiling() or hidden.is_meta or isinstance(hidden, FakeTensor)
+
+
 def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
     recording = torch.is_grad_enabled()
     return tuple(recording and t is not None and t.requires_grad for t in tensors)
@@ -249,7 +255,7 @@ def _rows(
     # of the kernel's ce, whatever it is.
     inside = link if label_smoothing > 0.0 else CE()
     settings = _settings(inside, hidden, plan, shard, ignore_index, label_smoothing, softcap)
-    apply = linear_loss_rows if torch.compiler.is_compiling() else LossRows.apply
+    apply = linear_loss_rows if _has_no_values(hidden) else LossRows.apply
     loss: Tensor = apply(hidden, weight, bias, target, *settings, *_needs(hidden, weight, bias))
     return loss if inside is link else apply_link(loss, link)
 
@@ -275,7 +281,7 @@ def _total(
         )
         return (loss if factor is None else loss * factor).sum()
     settings = _settings(link, hidden, plan, shard, ignore_index, label_smoothing, softcap)
-    apply = linear_loss_sum if torch.compiler.is_compiling() else LossSum.apply
+    apply = linear_loss_sum if _has_no_values(hidden) else LossSum.apply
     total: Tensor = apply(
         hidden, weight, bias, target, factor, *settings, *_needs(hidden, weight, bias)
     )[0]

@@ -36,6 +36,11 @@ class Plan:
         )
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; never for one that has none, such as meta."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's, or that of `hidden`.
 
@@ -43,7 +48,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     """
     kind = hidden.device.type
     dtype = hidden.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if dtype != torch.float64 and autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     return torch.float32 if dtype == torch.float16 and kind == "cpu" else dtype
 

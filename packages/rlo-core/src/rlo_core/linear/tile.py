@@ -152,6 +152,11 @@ def rows_loss_spread(
     column = column.clamp(0, max(width - 1, 0))
     step = _block_rows(tile)
     blocks = [slice(start, start + step) for start in range(0, rows, step)]
+    if width == 0:  # the last rank of a small vocabulary: it has nothing, and has to say so
+        top.fill_(-torch.inf)
+        total.zero_()
+        at_target.zero_()
+        blocks = []
     for at in blocks:
         z = _capped(tile[at], work, softcap)
         top[at] = z.amax(1, keepdim=True)
@@ -166,7 +171,7 @@ def rows_loss_spread(
     ce = log_total + (top - at_target)
     value, slope = link.value(ce), link.slope(ce)
     if smoothing > 0.0:
-        sums = new((rows, 2), dtype=work)
+        sums = torch.zeros((rows, 2), dtype=work, device=tile.device)
         for at in blocks:
             each = log_total[at] + (top[at] - _capped(tile[at], work, softcap))
             sums[at, 0] = link.value(each).sum(1)
