@@ -209,7 +209,7 @@ class EndToEndSettings:
     """
 
     steps: int = 200
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     batch: int = 2
     nsamples: int = 256
     seqlen: int | None = None
