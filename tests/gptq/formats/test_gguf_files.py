@@ -99,6 +99,8 @@ def test_a_dense_file_is_the_model_for_transformers(kind: str, tmp_path: Path) -
     tied: dict[str, Any] = {"tie_word_embeddings": True} if kind.startswith("Gemma") else {}
     # transformers reads no head size from such files, but takes Qwen3's own.
     size = {"head_dim": 128} if kind == "Qwen3Config" else {}
+    if kind.startswith("Gemma"):
+        size = {"query_pre_attn_scalar": 16}
     folder = made(kind, tmp_path / "model", **tied, **size)
     source = ModelSource(folder)
     write_dense(source, tmp_path / "dense" / "model.gguf", kind="F32", base="model")
@@ -275,6 +277,12 @@ def test_a_model_that_llama_cpp_would_run_otherwise_is_refused(
 ) -> None:
     with pytest.raises(GGUFError, match=message):
         architecture_of({**transformers.LlamaConfig().to_dict(), **changed})
+
+
+def test_a_scale_of_attention_that_llama_cpp_does_not_compute_is_refused() -> None:
+    config = transformers.Gemma2Config(head_dim=16, query_pre_attn_scalar=256).to_dict()
+    with pytest.raises(GGUFError, match="root of 16, and this model's query_pre_attn_scalar is"):
+        architecture_of(config)
 
 
 def test_the_splitting_of_text_is_named_or_refused(llama: Path, tmp_path: Path) -> None:

@@ -112,7 +112,26 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "of its own, as after --rotate fold; leave that out"
         )
     _rope(config)
+    if found.name in _LARGEST:
+        _check_attention_scale(found.name, config)
     return found
+
+
+# Blocks of the models whose queries llama.cpp scales by width / heads, not by the head's size.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+
+
+def _check_attention_scale(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a scale of attention that llama.cpp does not compute."""
+    largest = int(config["num_hidden_layers"]) == _LARGEST[name]
+    whole = int(config["hidden_size"]) / int(config["num_attention_heads"])
+    expected = whole if largest else head_size(config)
+    scalar = config.get("query_pre_attn_scalar")
+    if scalar is not None and scalar != expected:
+        raise GGUFError(
+            f"llama.cpp's {name} divides scores by the root of {expected:g}, and this model's "
+            f"query_pre_attn_scalar is {scalar:g}"
+        )
 
 
 def tensor_name(architecture: Architecture, name: str) -> str:
