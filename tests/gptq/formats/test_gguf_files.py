@@ -100,7 +100,7 @@ def test_a_dense_file_is_the_model_for_transformers(kind: str, tmp_path: Path) -
     # transformers reads no head size from such files, but takes Qwen3's own.
     size = {"head_dim": 128} if kind == "Qwen3Config" else {}
     if kind.startswith("Gemma"):
-        size = {"query_pre_attn_scalar": 16}
+        size = {"head_dim": 256}  # its default, as query_pre_attn_scalar's is
     folder = made(kind, tmp_path / "model", **tied, **size)
     source = ModelSource(folder)
     write_dense(source, tmp_path / "dense" / "model.gguf", kind="F32", base="model")
