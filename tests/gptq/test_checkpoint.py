@@ -146,7 +146,7 @@ def test_the_packed_part_is_as_small_as_its_bits(model_folder, text_file, quanti
 
 
 def test_a_large_model_is_sharded_by_block_with_an_index(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlo_gptq.pipeline.finish.SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr("rlo_gptq.models.shards.SINGLE_FILE_BYTES", 0)
     tensors = load_file(quantized / "model.safetensors")
     parts = []
     for part in ("rest", "0", "1"):

@@ -17,7 +17,7 @@ def reference_words(row: list[int], bits: int) -> list[int]:
     return [word - (1 << 32) if word >= 1 << 31 else word for word in words]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_packing_equals_the_bits_of_one_big_integer_and_unpacks_to_the_same(bits, data):
@@ -45,7 +45,7 @@ def test_unpacking_the_wrong_width_is_refused():
         unpack_codes(torch.zeros(1, 1, dtype=torch.int32), 2, 17)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [1, 7, 32, 43, 96, 172])
 def test_a_table_reads_the_codes_that_shifting_reads(bits, columns):
     packed = torch.randint(-(2**31), 2**31 - 1, (5, packed_words(columns, bits)), dtype=torch.int32)

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from rlo_gptq.models.fold import Fold, FoldError, MeanRotation, check_foldable, folded_config
+from rlo_gptq.models.fold import Fold, FoldError, check_foldable, folded_config
+from rlo_gptq.rounding.residual_rotation import MeanRotation
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = {"vocab_size": 96, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -6,7 +6,7 @@ from rlo_core.hosts import Host
 
 HOST = Host(
     name="gptq",
-    summary="quantize language models at 2, 3, 4 and 8 bits; evaluate, inspect, export",
+    summary="quantize language models at 2 to 8 bits; evaluate, inspect, export",
     command="rlo_gptq.cli.main:main",
     requires={"transformers": ">=5.20", "safetensors": ">=0.8"},
 )

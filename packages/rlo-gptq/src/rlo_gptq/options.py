@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
+from rlo_gptq.settings import BITS, EndToEndSettings, LayerSettings, TuneSettings, one_of
 
 PLAIN = "plain"
 """The Hessian of unweighted tokens."""
@@ -35,6 +35,9 @@ class Options:
         rotate: "fold" folds random rotations into the weights before anything else.
         tune: Finetune each block's scales and norms against its dense output; None does not.
         end_to_end: Finetune the packed model against the dense one's output; None does not.
+        embed_bits: Bits of the token embedding: one of `BITS` quantizes it, 16 and 32 store it so;
+            None is 8 where layers have at most 4 bits, and what it came with otherwise.
+        head_bits: Bits of the output head, likewise; a tied head has those of the embedding.
         formats: Other formats it is going to be written in; what they cannot hold is refused before
             anything is done.
         gguf: The type of a GGUF file to make instead of a checkpoint, e.g. "Q4_K_M".
@@ -57,8 +60,14 @@ class Options:
     rotate: str | None = None
     tune: TuneSettings | None = None
     end_to_end: EndToEndSettings | None = None
+    embed_bits: int | None = None
+    head_bits: int | None = None
     formats: tuple[str, ...] = ()
     gguf: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("embed_bits", "head_bits"):
+            one_of(name, getattr(self, name), (None, *BITS, 16, 32))
 
     def decisions(self) -> dict[str, Any]:
         """Return what decides the codes: not where the model is, nor how activations are kept.

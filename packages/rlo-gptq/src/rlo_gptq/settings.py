@@ -16,7 +16,7 @@ Compat = Literal["quip"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 METHODS: tuple[str, ...] = get_args(Method)
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 # Greedy passes after each method when the user names none; fewer run where one changes no code,
 # which after ldlqRG is usually the fifth.
@@ -28,7 +28,7 @@ class LayerSettings:
     r"""Everything that decides how one (m, d) weight matrix is rounded.
 
     Args:
-        bits: bits of one code, 2, 3, 4 or 8.
+        bits: bits of one code, 2, 3, 4, 5, 6 or 8.
         method: `nearest`, `gptq`, `ldlq`, `ldlqRG`, `allbal` or `ldlbal_admm`.
         grid: `scalar`, or `trellis` (2 bits, one trellis-coded sequence down the rows).
         group_size: -1 one scale per row, 0 one for the matrix, n > 0 one per n columns of a row
@@ -77,14 +77,14 @@ class LayerSettings:
     compat: Compat | None = None
 
     def __post_init__(self) -> None:
-        _one_of("bits", self.bits, BITS)
-        _one_of("method", self.method, METHODS)
-        _one_of("grid", self.grid, get_args(GridKind))
-        _one_of("incoherence", self.incoherence, get_args(Incoherence))
-        _one_of("incoherence_sides", self.incoherence_sides, get_args(Sides))
-        _one_of("scale_dtype", self.scale_dtype, get_args(ScaleDtype))
-        _one_of("proj_extra", self.proj_extra, (0, 1, 2))
-        _one_of("compat", self.compat, (None, *get_args(Compat)))
+        one_of("bits", self.bits, BITS)
+        one_of("method", self.method, METHODS)
+        one_of("grid", self.grid, get_args(GridKind))
+        one_of("incoherence", self.incoherence, get_args(Incoherence))
+        one_of("incoherence_sides", self.incoherence_sides, get_args(Sides))
+        one_of("scale_dtype", self.scale_dtype, get_args(ScaleDtype))
+        one_of("proj_extra", self.proj_extra, (0, 1, 2))
+        one_of("compat", self.compat, (None, *get_args(Compat)))
         if self.group_size < -1:
             raise ValueError(f"group_size must be -1, 0 or positive, got {self.group_size}")
         if not 0 <= self.percdamp < float("inf"):
@@ -235,7 +235,8 @@ class EndToEndSettings:
             )
 
 
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`, of the same type."""
     # `True in (1, 2)` holds, and 2.0 == 2: neither is a number of bits.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)

@@ -25,7 +25,8 @@ from rlo_gptq.checkpoint.load import read_quantization, weight_files
 from rlo_gptq.models.experts import SplitExperts
 from rlo_gptq.models.shards import ShardWriter, file_digests, new_folder
 from rlo_gptq.options import Options
-from rlo_gptq.packed.quant_linear import QuantLinear
+from rlo_gptq.packed.packed_weight import PackedWeight
+from rlo_gptq.packed.tied_head import TiedHead
 from rlo_gptq.pipeline.work_folder import PLAN_FILE
 from rlo_gptq.settings import LayerSettings, TuneSettings
 
@@ -166,7 +167,9 @@ def _tensor_names(base: Any) -> list[str]:
         if ".lora_" in name or plain in tied:
             continue
         packed = _layer(base, owner)
-        if not isinstance(packed, QuantLinear) or child in ("weight", "bias"):
+        if isinstance(packed, TiedHead):  # a folded one is written from the embedding's matrix
+            names.update({f"{owner}.weight": None} if packed.fold is not None else {})
+        elif not isinstance(packed, PackedWeight) or child in ("weight", "bias"):
             names[plain] = None
     return list(names)
 
@@ -180,7 +183,7 @@ def _layer(base: Any, name: str) -> nn.Module:
 def _dense(base: Any, name: str, adapted: dict[str, nn.Module]) -> Tensor:
     owner, _, child = name.rpartition(".")
     packed = _layer(base, owner)
-    if not isinstance(packed, QuantLinear) or child != "weight":
+    if not isinstance(packed, (PackedWeight, TiedHead)) or child != "weight":
         tensor: Tensor = getattr(packed, child)
         return tensor
     weight = packed.dequantize()

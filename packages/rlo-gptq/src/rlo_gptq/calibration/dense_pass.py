@@ -27,6 +27,7 @@ def first_inputs(
     mine: Sequence[int],
     *,
     offload: Path | None = None,
+    loaded: Callable[[], None] = lambda: None,
 ) -> tuple[Activations, list[BlockCall]]:
     """Return the first block's inputs for some sequences, and how blocks are called.
 
@@ -36,6 +37,7 @@ def first_inputs(
         sequences: Token ids, (count, tokens).
         mine: The numbers of the sequences.
         offload: A folder to keep the inputs in; None for memory.
+        loaded: Called when the weights outside of the blocks are in place.
     """
     model, blocks = source.model, layout.blocks
     modules = list(model.get_submodule(blocks).children())
@@ -43,6 +45,7 @@ def first_inputs(
     unused = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     source.load(lambda name: not name.startswith(f"{blocks}.") and name not in unused)
     require_filled(model, except_for=(f"{blocks}.", *unused, *model.all_tied_weights_keys))
+    loaded()
     hidden, calls = record_inputs(model, modules, sequences[0], source.device)
     activations = Activations(
         max(1, len(mine)), hidden.shape[1], hidden.shape[2], hidden.dtype, offload

@@ -7,6 +7,7 @@ registered.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,22 +18,36 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rlo_gptq.checkpoint.outside import (
+    dense_outside,
+    outside_modules,
+    put,
+    read_settings,
+    submodule,
+    swap_outside,
+    with_settings,
+)
 from rlo_gptq.checkpoint.validation import (
     CheckpointError,
     check_files,
     check_parameters,
     check_values,
     require,
+    require_finite,
 )
 from rlo_gptq.models.layout import split_all_experts
+from rlo_gptq.packed.packed_weight import PackedWeight
 from rlo_gptq.packed.quant_linear import QuantLinear
+from rlo_gptq.packed.tied_head import TiedHead
 from rlo_gptq.settings import LayerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "rlo-gptq"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""1 has no `outside` and no `bits`."""
 _MAX_BLOCKS = 100_000
 
 
@@ -45,6 +60,8 @@ class RLOGPTQConfig(QuantizationConfigMixin):
         blocks: Path of the list of decoder blocks, e.g. "model.layers".
         modules: For each layer inside a block ("self_attn.q_proj") the numbers of the blocks where
             it is quantized, or None for all.
+        outside: Modules outside of the blocks that are replaced, see `Outside.to_config`.
+        bits: Bits of layers that do not have the settings' own, by names like "0.mlp.down_proj".
         version: Of the format.
         split_experts: Whether fused experts became lists of linear layers.
         permuted: Whether layers store their columns in an order of their own, see `QuantLinear`.
@@ -63,9 +80,14 @@ class RLOGPTQConfig(QuantizationConfigMixin):
         version: int = VERSION,
         split_experts: bool = False,
         permuted: bool = False,
+        outside: Mapping[str, Any] | None = None,
+        bits: Mapping[str, int] | None = None,
         quant_method: str = METHOD,
     ) -> None:
-        require(version == VERSION, f"version must be {VERSION}, got {version!r}; update rlo-gptq")
+        require(
+            version in READABLE,
+            f"version must be at most {VERSION}, got {version!r}; update rlo-gptq",
+        )
         require(isinstance(settings, Mapping), f"settings must be an object, got {settings!r}")
         require(isinstance(blocks, str), f"blocks must be a string, got {blocks!r}")
         require(isinstance(modules, Mapping), f"modules must be an object, got {modules!r}")
@@ -75,10 +97,14 @@ class RLOGPTQConfig(QuantizationConfigMixin):
                 and all(type(i) is int and 0 <= i < _MAX_BLOCKS for i in indices)
             )
             require(good, f"modules[{name!r}] must be null or a list of block numbers")
-        try:
-            LayerSettings.from_dict(settings)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"quantization_config: {error}") from error
+        default = read_settings(settings)
+        outside_modules({} if outside is None else outside)
+        self.outside = dict(outside or {})
+        bits = {} if bits is None else bits
+        require(isinstance(bits, Mapping), f"bits must be an object, got {bits!r}")
+        for name, number in bits.items():
+            with_settings(default, number, f"bits[{name!r}]")
+        self.bits = dict(bits)
         self.quant_method = cast("Any", quant_method)
         self.version = version
         self.settings = dict(settings)
@@ -93,7 +119,7 @@ class RLOGPTQConfig(QuantizationConfigMixin):
     ) -> Any:
         """Build the config from config.json's object, refusing names that are not known."""
         known = {"settings", "blocks", "modules", "version", "split_experts", "permuted"}
-        known.add("quant_method")
+        known |= {"quant_method", "outside", "bits"}
         unknown = sorted(set(config_dict) - known)
         require(not unknown, f"quantization_config has unknown fields {', '.join(unknown)}")
         missing = sorted({"settings", "blocks", "modules"} - set(config_dict))
@@ -137,33 +163,28 @@ def swap_linears(model: PreTrainedModel, config: RLOGPTQConfig, dtype: torch.dty
     Raises:
         CheckpointError: a named layer is not there, or is no linear layer.
     """
-    settings = config.layer_settings
+    default = config.layer_settings
     path, blocks = _find_blocks(model, config.blocks)
     replaced = []
+    left = set(config.bits)
     for name, indices in config.modules.items():
         for index in range(len(blocks)) if indices is None else indices:
             full = f"{path}.{index}.{name}"
-            try:
-                linear = model.get_submodule(full)
-            except AttributeError:
-                raise CheckpointError(f"model has no layer {full!r}") from None
-            require(
-                isinstance(linear, nn.Linear),
-                f"layer {full!r} must be nn.Linear, got {type(linear).__name__}",
-            )
-            assert isinstance(linear, nn.Linear)
+            linear = submodule(model, full, nn.Linear)
+            left.discard(f"{index}.{name}")
+            bits = config.bits.get(f"{index}.{name}", default.bits)
             quantized = QuantLinear(
                 linear.in_features,
                 linear.out_features,
-                settings,
+                replace(default, bits=bits),
                 bias=linear.bias is not None,
                 dtype=dtype,
                 device="meta",
                 permuted=config.permuted,
             )
-            parent, _, child = full.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized)
+            put(model, full, quantized)
             replaced.append(full)
+    require(not left, f"bits names {min(left, default='')!r}, which is no quantized layer")
     return replaced
 
 
@@ -183,22 +204,28 @@ class RLOGPTQQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.split_experts:
             split_all_experts(model)
-        swapped = swap_linears(model, self.quantization_config, dtype or model.dtype)
+        kind = dtype or model.dtype
+        swapped = swap_linears(model, self.quantization_config, kind)
+        swapped += swap_outside(model, outside_modules(self.quantization_config.outside), kind)
         if checkpoint_files:
             check_files([Path(file) for file in checkpoint_files], model, swapped)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
+            if isinstance(module, PackedWeight):
                 check_values(name, module)
+            elif isinstance(module, TiedHead) and module.gain is not None:
+                require_finite(f"{name}.gain", module.gain)
         check_parameters(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        # save_pretrained makes a string of config.dtype
+        kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.to_linear(dtype))
+                put(model, name, module.to_linear(kind))
+        dense_outside(model, kind)
         return model
 
     def is_serializable(self) -> bool:

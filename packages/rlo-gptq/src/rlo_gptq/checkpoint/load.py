@@ -31,6 +31,8 @@ def quantization_config(
     modules: Mapping[str, list[int] | None],
     experts: bool = False,
     permuted: bool = False,
+    outside: Mapping[str, Any] | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json; see `RLOGPTQConfig` for the fields."""
     return {
@@ -41,6 +43,8 @@ def quantization_config(
         "modules": dict(modules),
         "split_experts": experts,
         **({"permuted": True} if permuted else {}),  # other readers need to know only then
+        **({"outside": dict(outside)} if outside else {}),
+        **({"bits": dict(bits)} if bits else {}),
     }
 
 

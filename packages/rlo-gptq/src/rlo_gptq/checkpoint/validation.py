@@ -13,7 +13,7 @@ from rlo_core.errors import RLOError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rlo_gptq.packed.quant_linear import KEPT_DTYPE, QuantLinear
+from rlo_gptq.packed.packed_weight import KEPT_DTYPE, PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,10 +153,11 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
     packed = {f"{name}.{child}" for name in quantized for child in _PACKED}
     tied = set(model.all_tied_weights_keys)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    head_name = next((f"{name}.weight" for name, m in model.named_modules() if m is head), None)
+    of_head = next((f"{name}." for name, m in model.named_modules() if m is head), None)
     for full, tensor in model.state_dict().items():
         # A task head of one's own (sequence classification) may be new; the rest must be there.
-        inside = full.startswith(prefix) or not hasattr(model, prefix[:-1]) or full == head_name
+        inside = full.startswith(prefix) or not hasattr(model, prefix[:-1])
+        inside = inside or (of_head is not None and full.startswith(of_head))
         if full in tied or not inside:
             continue
         names = (full, prefix + full, full.removeprefix(prefix))
@@ -175,7 +176,7 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
             )
 
 
-def check_values(name: str, module: QuantLinear) -> None:
+def check_values(name: str, module: PackedWeight) -> None:
     """Refuse a loaded layer with a grid that is not finite, or an input scale that is not positive.
 
     Every bit pattern is a code, so codes cannot be out of range.
@@ -193,10 +194,10 @@ def check_values(name: str, module: QuantLinear) -> None:
     if module.scales.is_meta:
         return
     if module.order is not None:
-        every = torch.arange(module.in_features, device=module.order.device)
+        every = torch.arange(module.columns, device=module.order.device)
         require(
             torch.equal(module.order.long().sort().values, every),
-            f"tensor '{name}.order' must hold each of 0..{module.in_features - 1} once",
+            f"tensor '{name}.order' must hold each of 0..{module.columns - 1} once",
         )
     # A finite scale of 1e38 still gives infinite weights: the largest factor is named.
     factors = {"scales": float(module.scales.abs().max()) * 2**module.bits}

@@ -98,6 +98,16 @@ class VLLMConfig(QuantizationConfig):  # type: ignore[misc]
         """Build it from config.json's `quantization_config`."""
         if config.get("permuted"):
             raise ValueError("columns must be in their own order to be served, got act-order's")
+        if config.get("outside"):
+            raise ValueError(
+                "embedding and head must be dense to be served by vLLM, got "
+                f"{', '.join(sorted(config['outside']))} packed; quantize with --embed-bits 16 "
+                "--head-bits 16"
+            )
+        if config.get("bits"):
+            raise ValueError(
+                "layers must share one number of bits to be served by vLLM, got --bits"
+            )
         return cls(LayerSettings.from_dict(config["settings"]), config["blocks"], config["modules"])
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:

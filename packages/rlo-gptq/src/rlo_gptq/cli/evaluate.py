@@ -129,7 +129,7 @@ def inspect(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
-    rows = [("layer", "rows", "columns", "groups", "bytes", "proxy loss", "seconds")]
+    rows = [("layer", "rows", "columns", "bits", "groups", "bytes", "proxy loss", "seconds")]
     for layer in document["layers"]:
         proxy = layer.get("proxy")
         rows.append(
@@ -137,6 +137,7 @@ def inspect(model: str, as_json: bool) -> None:
                 layer["layer"],
                 str(layer["rows"]),
                 str(layer.get("columns", "")),
+                str(layer["bits"]),
                 str(layer["groups"]),
                 str(layer["bytes"]),
                 "" if proxy is None else f"{proxy:.5f}",
@@ -148,7 +149,7 @@ def inspect(model: str, as_json: bool) -> None:
     click.echo("settings: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     click.echo(
         f"packed {document['packed_bytes'] / MB:.2f} MB, "
-        f"other {document['other_bytes'] / MB:.2f} MB"
+        f"other {document['other_bytes'] / MB:.2f} MB, files {document['file_bytes'] / MB:.2f} MB"
     )
 
 

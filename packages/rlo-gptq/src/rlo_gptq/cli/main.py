@@ -19,7 +19,7 @@ from rlo_gptq.cli.tune import tune
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rlo-gptq")
 def main() -> None:
-    """Quantize language models at 2, 3, 4 and 8 bits; tune, evaluate, compare, export them."""
+    """Quantize language models at 2 to 8 bits; tune, evaluate, compare, export them."""
     # Read-only for those who set it; two processes on one machine otherwise warn at every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # libraries draw their bars into log files too

@@ -14,7 +14,7 @@ from rlo_gptq.cli.options import MB, both_spellings, print_plan
 from rlo_gptq.cli.tune import described as tuning_described
 from rlo_gptq.cli.tune import tuning_options, tuning_settings
 from rlo_gptq.pipeline.run import run_quantization as run_quantization
-from rlo_gptq.settings import METHODS, LayerSettings, TuneSettings
+from rlo_gptq.settings import BITS, METHODS, LayerSettings, TuneSettings
 
 if TYPE_CHECKING:
     from rlo_gptq.options import Options
@@ -23,7 +23,19 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.argument("dataset")
-@click.option("--wbits", type=click.Choice(["2", "3", "4", "8"]), default="2", show_default=True)
+@click.option(
+    "--wbits", type=click.Choice([str(bits) for bits in BITS]), default="2", show_default=True
+)
+@both_spellings(
+    "embed-bits",
+    type=click.Choice([str(bits) for bits in (*BITS, 16, 32)]),
+    help="Bits of the token embedding; by default 8 where --wbits is at most 4. 16, 32: left so.",
+)
+@both_spellings(
+    "head-bits",
+    type=click.Choice([str(bits) for bits in (*BITS, 16, 32)]),
+    help="Bits of the output head, likewise; one that is tied has the embedding's.",
+)
 @click.option(
     "--quant",
     type=click.Choice(METHODS),
@@ -165,6 +177,8 @@ def quantize(
     model: str,
     dataset: str,
     wbits: str,
+    embed_bits: str | None,
+    head_bits: str | None,
     quant: str,
     incoh_processing: bool,
     incoherence: str | None,
@@ -302,6 +316,8 @@ def quantize(
         rotate=rotate,
         tune=tuning,
         end_to_end=end_to_end,
+        embed_bits=None if embed_bits is None else int(embed_bits),
+        head_bits=None if head_bits is None else int(head_bits),
         formats=formats,
         gguf=gguf,
     )
@@ -437,6 +453,8 @@ def _refuse_excluded(excluded: dict[str, bool]) -> None:
 def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
     import torch
 
+    from rlo_gptq.models.fold import check_foldable
+    from rlo_gptq.models.outside import find_outside
     from rlo_gptq.models.source import ModelSource, find_model
     from rlo_gptq.pipeline.plan import discover
     from rlo_gptq.pipeline.processes import pick_device
@@ -447,7 +465,11 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
         device=pick_device(device),
         trust_remote_code=options.trust_remote_code,
     )
-    plan = discover(source, options)
+    folded = None
+    if options.rotate is not None:
+        family = check_foldable(source.config.to_dict())
+        folded = family.rotation if find_outside(source.model)[2] else None
+    plan = discover(source, options, folded=folded)
     tuned: dict[str, int] = {}
     if options.end_to_end is not None:
         from rlo_gptq.tuning.memory import plan_tuning

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlo_gptq.checkpoint.hf_quantizer import METHOD
-from rlo_gptq.checkpoint.load import read_quantization, weight_files
+from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig
+from rlo_gptq.checkpoint.load import read_quantization, weight_bytes, weight_files
+from rlo_gptq.checkpoint.outside import outside_modules
 from rlo_gptq.evaluation.open_model import EvaluationError
 from rlo_gptq.models.source import find_model
 from rlo_gptq.settings import LayerSettings
 
-if TYPE_CHECKING:
-    pass
-
 
 def inspect_model(name: str) -> dict[str, Any]:
     """Return settings, sizes and the layers' errors of a quantized model; reads headers only.
+
+    `file_bytes` are those of the weight files; their headers are all that is in them beside
+    `packed_bytes` and `other_bytes`.
 
     Raises:
         EvaluationError: the model is not one of ours.
@@ -28,7 +29,9 @@ def inspect_model(name: str) -> dict[str, Any]:
     quantization = read_quantization(folder)
     if quantization.get("quant_method") != METHOD:
         raise EvaluationError(f"{name!r} is not quantized by {METHOD}")
-    settings = LayerSettings.from_dict(quantization["settings"])
+    config = RLOGPTQConfig.from_dict(dict(quantization))
+    settings: LayerSettings = config.layer_settings
+    outside = outside_modules(config.outside)
     measured = _measured(folder)
     layers, packed, other = [], 0, 0
     shapes: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -39,16 +42,23 @@ def inspect_model(name: str) -> dict[str, Any]:
                 size = _bytes(part.get_shape(), str(part.get_dtype()))
                 shapes[tensor] = (tuple(part.get_shape()), size)
     quantized = {tensor.removesuffix(".scales") for tensor in shapes if tensor.endswith(".scales")}
+    by_layer: dict[str, int] = {}
+    for tensor, (_, size) in shapes.items():
+        owner = tensor.rpartition(".")[0]
+        by_layer[owner] = by_layer.get(owner, 0) + size
     for layer in sorted(quantized, key=_natural):
-        sizes = {t: s for t, (_, s) in shapes.items() if t.rpartition(".")[0] == layer}
-        packed += sum(sizes.values())
+        packed += by_layer[layer]
+        of_layer = outside[layer].settings if layer in outside else None
+        inside = layer.removeprefix(f"{config.blocks}.")
+        bits = config.bits.get(inside, settings.bits) if of_layer is None else of_layer.bits
         rows, groups = shapes[f"{layer}.scales"][0]
         layers.append(
             {
                 "layer": layer,
                 "rows": rows,
                 "groups": groups,
-                "bytes": sum(sizes.values()),
+                "bits": bits,
+                "bytes": by_layer[layer],
                 **measured.get(layer, {}),
             }
         )
@@ -56,6 +66,7 @@ def inspect_model(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "settings": settings.to_dict(),
+        "file_bytes": weight_bytes(folder),
         "packed_bytes": packed,
         "other_bytes": other,
         "layers": layers,

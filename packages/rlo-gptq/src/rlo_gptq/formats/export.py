@@ -14,8 +14,10 @@ from rlo_core.files import write_json
 from safetensors import safe_open
 from torch import Tensor
 
+from rlo_gptq.checkpoint.dense_outside import DenseOutside
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig, as_error, module_table
 from rlo_gptq.checkpoint.load import read_quantization, weight_files
+from rlo_gptq.checkpoint.outside import outside_modules
 from rlo_gptq.checkpoint.validation import (
     check_folder,
     check_sizes,
@@ -89,6 +91,7 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
         )
     checkpoint = Checkpoint(folder, RLOGPTQConfig.from_dict(found))
     _check_settings(checkpoint.settings, experts=checkpoint.config.split_experts)
+    _check_one_width(checkpoint.settings, checkpoint.config.bits)
     with new_folder(out, FormatError) as partial:
         if format == "gguf":
             from rlo_gptq.formats.gguf.export import write_export
@@ -129,6 +132,7 @@ def check_exportable(
     if format == "compressed-tensors":
         compressed.check_library()
     _check_settings(settings, experts=layout.experts)
+    _check_one_width(settings, layout.bits)
     _check_whole(module_table(layout.linears))
     for name, (rows, columns) in shapes.items():
         _check_groups(name, columns, settings.group_size)
@@ -153,6 +157,17 @@ def _check_settings(settings: LayerSettings, *, experts: bool) -> None:
         raise FormatError(
             "a model with quantized experts cannot be exported, only dense ones; leave the experts "
             "out with --skip '*.experts.*'"
+        )
+
+
+def _check_one_width(settings: LayerSettings, bits: Mapping[str, int]) -> None:
+    """Refuse layers of different bits, which neither format's readers take."""
+    others = {name: number for name, number in bits.items() if number != settings.bits}
+    if others:
+        name = min(others)
+        raise FormatError(
+            f"layers must share one number of bits to be exported, got {settings.bits} and "
+            f"{others[name]} (layer {name!r}); quantize without --bits"
         )
 
 
@@ -184,17 +199,20 @@ class Checkpoint:
         self.model_config = read_object(folder / "config.json")
         check_sizes(self.model_config, read_headers(weight_paths(folder)))
         self.widths = linear_widths(folder)
+        self.dtype: torch.dtype = getattr(torch, str(self.model_config.get("dtype") or "float16"))
 
     def shards(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield the weight files' names and tensors."""
+        """Yield the weight files' names and tensors, embedding and head dense."""
+        outside = DenseOutside(outside_modules(self.config.outside), self.dtype)
         for path in weight_paths(self.folder):
             with safe_open(path, framework="pt") as stored:
                 keys = list(stored.keys())
-                yield path.name, {key: stored.get_tensor(key) for key in keys}
+                yield path.name, outside.unpacked({key: stored.get_tensor(key) for key in keys})
 
     def layer(self, name: str, tensors: Mapping[str, Tensor]) -> GridLayer:
         """Return one layer from its tensors."""
-        bits = self.settings.bits
+        inside = name.removeprefix(f"{self.config.blocks}.")
+        bits = self.config.bits.get(inside, self.settings.bits)
         scales = tensors[f"{name}.scales"].float()
         columns = self.widths[name]
         _check_groups(name, columns, self.settings.group_size)
@@ -216,7 +234,7 @@ class Checkpoint:
         if format == "gptq":
             version_ = "gptq" if symmetric else "gptq_v2"
         writer, layers = ShardWriter(out), 0
-        dtype = getattr(torch, str(self.model_config.get("dtype") or "float16"))
+        dtype = self.dtype
         for file, tensors in self.shards():
             names = _layers_in(tensors)
             new = {

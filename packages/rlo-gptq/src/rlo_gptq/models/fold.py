@@ -7,8 +7,7 @@ Q^T`. The values of attention are rotated head by head between `v_proj` and `o_p
 stays in its own basis is the input of the second MLP matrix, behind the non-linearity.
 
 OPT's LayerNorm also takes the mean off, which only commutes with a Q that fixes the vector of ones.
-`MeanRotation` is one: :math:`Q = T^T D T`, T orthogonal with a constant first row and D random
-signs with :math:`D_0 = 1`.
+`residual_rotation` makes both kinds.
 
 Sources: Ashkboos et al., "QuaRot", 2024 (the folding); LayerNorm by a Q that keeps the mean is
 ours.
@@ -16,60 +15,24 @@ ours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rlo_core.errors import RLOError
 from torch import Tensor
 
-from rlo_gptq.rounding.random_streams import random_signs
-from rlo_gptq.rounding.rotation import Rotation, hadamard_matrix
+from rlo_gptq.rounding.residual_rotation import residual_rotation
+from rlo_gptq.rounding.rotation import Rotation
 
-_RESIDUAL_STREAM, _HEAD_STREAM = 64, 96  # apart from the streams of the layers' own rotations
+_HEAD_STREAM = 96  # apart from the streams of the layers' and the residual stream's rotations
 # Below this share of the largest gain, dividing a bias by it would blow rounding errors up.
 _SMALLEST_GAIN = 1e-4
 
 
 class FoldError(RLOError):
     """A model whose rotations cannot be folded into its weights."""
-
-
-class _Rotates(Protocol):
-    def apply(self, x: Tensor) -> Tensor: ...
-
-
-class MeanRotation:
-    """An orthogonal map of n coordinates that keeps the mean: Q 1 = 1.
-
-    Args:
-        n: Width, any positive integer.
-        seed: Of the generator.
-    """
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self.power = n & -n
-        odd = n // self.power
-        self.hadamard = hadamard_matrix(self.power)
-        index = torch.arange(odd, dtype=torch.float64)
-        # The orthonormal cosine transform (DCT-II): its first row is constant.
-        cosine = torch.cos(math.pi / odd * (index[None, :] + 0.5) * index[:, None])
-        cosine *= math.sqrt(2.0 / odd)
-        cosine[0] = 1.0 / math.sqrt(odd)
-        self.cosine = cosine
-        self.signs = random_signs(seed, _RESIDUAL_STREAM, n).double()
-        self.signs[0] = 1.0
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return Q x along the last axis, float64."""
-        shape = x.shape
-        grid = x.double().reshape(-1, self.n // self.power, self.power)
-        spectrum = self.cosine @ grid @ self.hadamard.T
-        signed = spectrum * self.signs.view(1, -1, self.power)
-        return (self.cosine.T @ signed @ self.hadamard).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -97,6 +60,11 @@ class Family:
     blocks: str
     layer_norm: bool = False
     gain_offset: float = 0.0
+
+    @property
+    def rotation(self) -> str:
+        """The kind of `residual_rotation` that the norms commute with."""
+        return "mean" if self.layer_norm else "hadamard"
 
 
 _LLAMA = Family(
@@ -187,11 +155,7 @@ class Fold:
         width = int(config["hidden_size"])
         heads = int(config["num_attention_heads"])
         self.head_dim = int(config.get("head_dim") or width // heads)
-        self.residual: _Rotates = (
-            MeanRotation(width, seed)
-            if self.family.layer_norm
-            else Rotation("hadamard", width, seed, stream=_RESIDUAL_STREAM)
-        )
+        self.residual = residual_rotation(self.family.rotation, width, seed)
         self.head = Rotation("hadamard", self.head_dim, seed, stream=_HEAD_STREAM)
         self._norm_of = {r: norm for norm, readers in self.family.reads.items() for r in readers}
         self._embedding = f"{self.family.embeddings[0]}.weight"
@@ -203,11 +167,15 @@ class Fold:
         """The names of the folded model's tensors: its own head too, where it was tied."""
         return sorted(self.names | {"lm_head.weight"})
 
+    def head_gain(self) -> Tensor:
+        """Return the gain g of the norm before the head, which is folded into it, (width,)."""
+        return self._gain(self.family.final_norm)
+
     def tensor(self, name: str) -> Tensor:
         """Return one folded tensor, float64 where it changed."""
         if name == "lm_head.weight":
             head = self.load(name if name in self.names else self._embedding).double()
-            return self.residual.apply(head * self._gain(self.family.final_norm))
+            return self.residual.apply(head * self.head_gain())
         module, _, part = name.rpartition(".")
         value = self.load(name)
         if module in self.family.embeddings:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from rlo_core.errors import RLOError
 from torch import nn
 
 from rlo_gptq.models.experts import SplitExperts, is_fused_experts, split_experts
+from rlo_gptq.settings import LayerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +41,23 @@ class Layout:
         linears: For each block the names, inside the block, of the layers to quantize, in the
             module's order.
         experts: Whether fused experts have to be split into such layers; not if all are skipped.
+        bits: Bits of those layers, by their full names, that do not have the settings' own.
     """
 
     blocks: str
     count: int
     linears: tuple[tuple[str, ...], ...]
     experts: bool = False
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def settings(self, name: str, default: LayerSettings) -> LayerSettings:
+        """Return the settings of the layer of this full name."""
+        bits = self.bits.get(name, default.bits)
+        return default if bits == default.bits else replace(default, bits=bits)
+
+    def bits_in_blocks(self) -> dict[str, int]:
+        """Return `bits` by names that begin with the block's number, e.g. "0.mlp.down_proj"."""
+        return {name.removeprefix(f"{self.blocks}."): bits for name, bits in self.bits.items()}
 
     def block_name(self, index: int) -> str:
         """Return the full name of a block, e.g. "model.layers.3"."""

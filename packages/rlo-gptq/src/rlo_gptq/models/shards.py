@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rlo_core.errors import RLOError
 from rlo_core.files import atomic_path, write_json
 from safetensors import safe_open
@@ -38,6 +39,19 @@ COPIED = (
     "chat_template.json",
 )
 _ITEMSIZE = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+SINGLE_FILE_BYTES = 256 << 20
+"""Up to this size the model is one file; above it every block is a shard, and nothing is
+gathered."""
 _PIECE = 1 << 20  # bytes in memory at one time
 
 
@@ -62,9 +76,8 @@ class ShardWriter:
         self._note(file, tensors)
 
     def copy(self, file: str, part: Path) -> None:
-        """Take a whole safetensors file over under another name."""
-        with atomic_path(self.folder / file) as temporary:
-            shutil.copyfile(part, temporary)
+        """Take a safetensors file over under another name, without its notes."""
+        join_files([part], self.folder / file)
         self._note_bytes(file, read_header(part)[0])
 
     def join(self, parts: Sequence[Path]) -> None:
@@ -167,27 +180,58 @@ def join_files(parts: Sequence[Path], out: Path) -> None:
 
     Wide types come first, as the format's own writer has it, so that every tensor is aligned.
     """
-    found = []
+    found = {}
     for part in parts:
         header, start = read_header(part)
         for name, entry in header.items():
-            found.append((-_ITEMSIZE.get(entry["dtype"], 1), name, part, start, entry))
-    found.sort(key=lambda item: item[:2])
-    joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for _, name, _, _, entry in found:
-        begin, end = _span(entry)
-        joined[name] = {**entry, "data_offsets": [position, position + end - begin]}
-        position += end - begin
-    text = json.dumps(joined, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+            found[name] = (part, start, entry)
+    text, order = _joined_header({name: entry for name, (_, _, entry) in found.items()})
     with atomic_path(out) as temporary, temporary.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
-        for _, _, part, start, entry in found:
+        for part, start, entry in (found[name] for name in order):
             begin, end = _span(entry)
             with part.open("rb") as source:
                 source.seek(start + begin)
                 _copy(source, target, end - begin)
+
+
+def _joined_header(entries: Mapping[str, Any]) -> tuple[bytes, list[str]]:
+    """Return the header of a file with these tensors, and their names in its order."""
+    order = sorted(entries, key=lambda name: (-_ITEMSIZE.get(entries[name]["dtype"], 1), name))
+    joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        begin, end = _span(entries[name])
+        kind, shape = entries[name]["dtype"], entries[name]["shape"]
+        span = [position, position + end - begin]
+        joined[name] = {"dtype": kind, "shape": list(shape), "data_offsets": span}
+        position += end - begin
+    text = json.dumps(joined, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), order
+
+
+def stored_bytes(file: Path) -> int:
+    """Return the bytes of the tensors in a safetensors file, without its header."""
+    return sum(end - begin for begin, end in map(_span, read_header(file)[0].values()))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of tensors, which may be on the meta device."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of the file that `join_files` makes of these tensors; they need no data."""
+    entries = {
+        name: {
+            "dtype": _KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [0, tensor.numel() * tensor.element_size()],
+        }
+        for name, tensor in tensors.items()
+    }
+    text, _ = _joined_header(entries)
+    return 8 + len(text) + tensor_bytes(tensors)
 
 
 def _copy(source: Any, target: Any, count: int) -> None:

@@ -32,6 +32,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from rlo_gptq.models.stored_types import gguf_types, read_stored_types, write_stored_types
+
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS_DTYPES = {
@@ -111,7 +113,7 @@ def _from_hub(name: str) -> Path:
 def _from_gguf(file: Path, cache: Path | None) -> Path:
     """Turn a GGUF file into a safetensors folder, once; the whole model passes through memory."""
     stat = file.stat()
-    tag = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    tag = hashlib.sha256(f"2:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     root = cache if cache is not None else Path.home() / ".cache" / "rlo-gptq"
     folder = root / f"{file.stem}-{tag.hexdigest()[:12]}"
     if (folder / "config.json").is_file():
@@ -135,6 +137,7 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
         quantizer.remove_quantization_config(model)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    write_stored_types(partial, gguf_types(file))
     partial.replace(folder)
     return folder
 
@@ -203,9 +206,10 @@ class ModelSource:
                 target, _ = rename_source_key(key, [], [], prefix, names)
             if target in names:
                 self._targets[key] = target
-        self.stored: dict[str, torch.dtype] = {}
+        self.in_file: dict[str, torch.dtype] = {}
         for key, target in self._targets.items():
-            self.stored.setdefault(target, self._dtypes[key])
+            self.in_file.setdefault(target, self._dtypes[key])
+        self.came_as = read_stored_types(self.folder)
 
     def _files(self) -> tuple[list[Path], dict[str, str] | None]:
         for single, index in zip(_SINGLE, _INDEX, strict=True):
@@ -264,9 +268,11 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the model in the type it has in the checkpoint."""
-        stored = self.stored.get(name)
-        return tensor if stored is None or not tensor.is_floating_point() else tensor.to(stored)
+        """Return a tensor of the model in the type it is stored in: that it came in."""
+        stored = self.in_file.get(name)
+        if stored is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.came_as.narrowed(tensor, stored))
 
     def targets(self, keep: Callable[[str], bool]) -> list[str]:
         """Return the model's names of the stored tensors for which `keep` holds, sorted."""

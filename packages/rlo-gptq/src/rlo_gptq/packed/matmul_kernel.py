@@ -1,4 +1,4 @@
-r"""Products with packed 2-, 3-, 4- and 8-bit weights on CUDA, for few rows of inputs.
+r"""Products with packed 2- to 8-bit weights on CUDA, for few rows of inputs.
 
 Decoding one token is bound by reading the weights; this reads them packed, b/16 of half precision,
 and never writes them unpacked. The rotation of the inputs is beside it, in `incoherence.Rotation`.
@@ -46,9 +46,9 @@ def _packed_kernel(  # type: ignore[no-untyped-def]
         at = out[:, None] * words + word[None, :]
         low = tl.load(packed + at, mask=held, other=0).to(tl.uint32, bitcast=True)
         code = low >> shift[None, :].to(tl.uint32)
-        if BITS == 3:
-            # A code of 3 bits may end in the next word; a shift by 32 is undefined.
-            straddles = shift > 29
+        if 32 % BITS != 0:
+            # A code may end in the next word; a shift by 32 is undefined.
+            straddles = shift > 32 - BITS
             beyond = held & straddles[None, :]
             high = tl.load(packed + at + 1, mask=beyond, other=0).to(tl.uint32, bitcast=True)
             left = tl.where(straddles, 32 - shift, 0)[None, :].to(tl.uint32)
@@ -81,7 +81,7 @@ def packed_matmul(
         packed: (m, words) int32, see `packing.py`.
         scales: (m, groups).
         zeros: (m, groups), or one number.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group_size: columns per group; less than 1 for one group.
 
     Returns:

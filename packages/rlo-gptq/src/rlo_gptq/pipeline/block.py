@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.pipeline.tune import restore_norms, tune_block
 from rlo_gptq.pipeline.work_folder import WorkFolder
 from rlo_gptq.rounding.layer import quantize_layer
+from rlo_gptq.settings import LayerSettings
 
 
 class LayerError(RLOError):
@@ -124,7 +125,7 @@ class BlockQuantizer:
             records.append(self._tune(block, name, packed, call, activations, targets, mine))
             targets.close()
         if self.processes.first:
-            self.work.save(part, self._tensors(block, name, packed), records)
+            self.work.save(part, block_tensors(self.source, block, name, packed), records)
         self.processes.wait()
 
     def restore(self, block: nn.Module, index: int, part: str) -> None:
@@ -239,21 +240,14 @@ class BlockQuantizer:
         self, linear: nn.Linear, name: str, hessian: Tensor, seed: int
     ) -> tuple[PackedLinear, dict[str, Any]]:
         """Round one layer; return it packed, and its bits and proxy loss."""
-        settings = self.options.layer
+        settings = self.layout.settings(name, self.options.layer)
         rounded = quantize_layer(linear.weight, hessian, settings, seed=seed)
         bias = None if linear.bias is None else linear.bias.data
         measured = {"bits": settings.bits, "proxy": rounded.proxy}
         return QuantLinear.from_layer(rounded, settings, bias=bias), measured
 
     def _empty_like(self, linear: nn.Linear, name: str) -> PackedLinear:
-        return QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            self.options.layer,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device="meta",
-        )
+        return empty_like(linear, self.layout.settings(name, self.options.layer))
 
     def _use(self, block: nn.Module, packed: dict[str, PackedLinear]) -> None:
         """Put the dequantised weights into the block: what is packed is what later layers see."""
@@ -261,17 +255,37 @@ class BlockQuantizer:
             linear = linear_of(block, layer)
             linear.weight.data = module.dequantize().to(linear.weight)
 
-    def _tensors(
-        self, block: nn.Module, name: str, packed: dict[str, PackedLinear]
-    ) -> dict[str, Tensor]:
-        """Return a block's tensors as the checkpoint has them, under their full names."""
-        tensors = {}
-        for child, tensor in block.state_dict().items():
-            owner = child.rpartition(".")[0]
-            if owner not in packed:
-                tensors[f"{name}.{child}"] = self.source.as_stored(f"{name}.{child}", tensor)
-        for layer, module in packed.items():
-            for child, tensor in module.state_dict().items():
-                full = f"{name}.{layer}.{child}"
-                tensors[full] = self.source.as_stored(full, tensor) if child == "bias" else tensor
-        return tensors
+
+def empty_like(linear: nn.Linear, settings: LayerSettings) -> QuantLinear:
+    """Return an empty packed layer of the size of `linear`, on the meta device."""
+    return QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        settings,
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+        device="meta",
+    )
+
+
+def block_tensors(
+    source: ModelSource, block: nn.Module, name: str, packed: Mapping[str, PackedLinear]
+) -> dict[str, Tensor]:
+    """Return a block's tensors as the checkpoint has them, under their full names.
+
+    Args:
+        source: Says in which types dense tensors are stored.
+        block: The block; tensors on the meta device are enough to see shapes and types.
+        name: Its full name.
+        packed: Its packed layers, by their names inside the block.
+    """
+    tensors = {}
+    for child, tensor in block.state_dict().items():
+        owner = child.rpartition(".")[0]
+        if owner not in packed:
+            tensors[f"{name}.{child}"] = source.as_stored(f"{name}.{child}", tensor)
+    for layer, module in packed.items():
+        for child, tensor in module.state_dict().items():
+            full = f"{name}.{layer}.{child}"
+            tensors[full] = source.as_stored(full, tensor) if child == "bias" else tensor
+    return tensors

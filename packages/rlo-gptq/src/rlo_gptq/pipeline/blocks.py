@@ -24,11 +24,14 @@ from rlo_gptq.calibration.token_weights import sequence_weights, weighting_link
 from rlo_gptq.formats.export import check_exportable
 from rlo_gptq.formats.gguf.block import GGUFBlockQuantizer
 from rlo_gptq.formats.gguf.finish import check_writable
-from rlo_gptq.models.fold_checkpoint import fold_checkpoint
+from rlo_gptq.models.fold_checkpoint import FoldedHead, fold_checkpoint, read_folded_head
 from rlo_gptq.models.layout import Layout, split_all_experts
+from rlo_gptq.models.outside import Outside
 from rlo_gptq.models.source import ModelSource, find_model, release
+from rlo_gptq.models.stored_types import StoredTypes
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.pipeline.block import BlockQuantizer
+from rlo_gptq.pipeline.outside import OutsideQuantizer, fold_tensors, rest_names
 from rlo_gptq.pipeline.plan import Plan, discover
 from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.pipeline.progress import Progress
@@ -40,7 +43,8 @@ class Result:
     """What a quantization did.
 
     Args:
-        records: One for each layer: name, shape, proxy, seconds, tokens.
+        records: One for each layer of the blocks: name, shape, proxy, seconds, tokens.
+        outside: The same for embedding and head.
         tuned: One for each block that was finetuned: name, error before and after, epoch, seconds.
         resumed: Blocks that were on disk already.
         layout: Of the model.
@@ -49,6 +53,7 @@ class Result:
     """
 
     records: list[dict[str, Any]]
+    outside: list[dict[str, Any]]
     tuned: list[dict[str, Any]]
     resumed: int
     layout: Layout
@@ -76,7 +81,7 @@ def quantize_model(
     *,
     progress: Progress,
     on_start: Callable[[Plan, WorkFolder, dict[str, Any]], None] | None = None,
-    finish: Callable[[WorkFolder, ModelSource, Layout], None],
+    finish: Callable[[WorkFolder, ModelSource, Plan], None],
 ) -> Result:
     """Quantize a model into `folder`, or go on with what was begun there.
 
@@ -112,8 +117,10 @@ def quantize_model(
         trust_remote_code=options.trust_remote_code,
     )
     try:
-        plan = discover(source, options)
+        folded_head = None if options.rotate is None else read_folded_head(model)
+        plan = discover(source, options, folded=None if folded_head is None else folded_head.kind)
         if options.gguf is not None:
+            source.came_as = StoredTypes()  # blocks are made of the widest values there are
             check_writable(source, plan.layout, plan.shapes, options)
         for name in options.formats:
             check_exportable(name, options.layer, plan.layout, plan.shapes)
@@ -131,15 +138,19 @@ def quantize_model(
             work.open()
             if on_start is not None:
                 on_start(plan, work, data)
-        run = _Run(options, source, plan.layout, work, processes, progress)
+        run = _Run(
+            options, source, plan.layout, plan.outside, folded_head, work, processes, progress
+        )
         done = processes.broadcast({"done": work.done if processes.first else False}, 0)["done"]
         if not done:
             with torch.no_grad():
                 run.all_blocks(sequences)
             if processes.first:
-                finish(work, source, plan.layout)
+                finish(work, source, plan)
         processes.wait()
-        return Result(run.records, run.tuned, run.resumed, plan.layout, plan.seqlen, data)
+        return Result(
+            run.records, run.outside_records, run.tuned, run.resumed, plan.layout, plan.seqlen, data
+        )
     finally:
         source.close()
         if processes.first:
@@ -151,12 +162,15 @@ class _Run:
     options: Options
     source: ModelSource
     layout: Layout
+    outside: Outside
+    folded_head: FoldedHead | None
     work: WorkFolder
     processes: Processes
     progress: Progress
 
     def __post_init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.outside_records: list[dict[str, Any]] = []
         self.tuned: list[dict[str, Any]] = []
         self.resumed = 0
         self.device = self.processes.device
@@ -167,17 +181,41 @@ class _Run:
         mine = list(self.processes.share(len(sequences)))
         if self.options.hessian != PLAIN:
             self.token_weights = self._weigh_tokens(sequences, mine)
+        outside = OutsideQuantizer(
+            self.options,
+            self.source,
+            self.layout,
+            self.outside,
+            self.folded_head,
+            self.work,
+            self.processes,
+            note=self._done,
+            token_weights=self.token_weights,
+        )
+        outside.embedding_first()
         activations, calls = first_inputs(
-            self.source, self.layout, sequences, mine, offload=self._offload
+            self.source,
+            self.layout,
+            sequences,
+            mine,
+            offload=self._offload,
+            loaded=outside.replace_embedding,
         )
         try:
-            self._blocks_in_turn(activations, calls, mine)
+            self._blocks_in_turn(activations, calls, mine, to_the_end=outside.head_waits)
+            outside.head_last(activations, mine)
         finally:
             activations.close()
 
     def _blocks_in_turn(
-        self, activations: Activations, calls: list[BlockCall], mine: Sequence[int]
+        self,
+        activations: Activations,
+        calls: list[BlockCall],
+        mine: Sequence[int],
+        *,
+        to_the_end: bool,
     ) -> None:
+        """Quantize the blocks; `to_the_end` leaves the last one's outputs in `activations`."""
         kind = BlockQuantizer if self.options.gguf is None else GGUFBlockQuantizer
         blocks = kind(
             self.options,
@@ -197,7 +235,7 @@ class _Run:
                 self.resumed += 1
                 for record in self.work.records(part) if self.processes.first else []:
                     self._done(record)
-                if index + 1 == self.layout.count:
+                if index + 1 == self.layout.count and not to_the_end:
                     continue
             block = self.source.load_module(name)
             if self.layout.experts:
@@ -206,19 +244,19 @@ class _Run:
                 blocks.restore(block, index, part)
             else:
                 blocks.quantize(block, index, part, calls[index], activations, mine)
-            if index + 1 < self.layout.count:
+            if index + 1 < self.layout.count or to_the_end:
                 run_sequences(block, calls[index], activations, activations, len(mine))
             release(block)
 
     def _save_rest(self) -> None:
         """Load what is outside of the blocks, and put it on disk for the checkpoint."""
-        blocks = f"{self.layout.blocks}."
-        tied = set(self.source.model.all_tied_weights_keys)
-        names = self.source.targets(lambda name: not name.startswith(blocks) and name not in tied)
+        names = rest_names(self.source, self.layout, self.outside)
         if self.processes.first and not self.work.has("rest"):
             self.source.load(lambda name: name in names)
             state = self.source.model.state_dict()
-            self.work.save("rest", {n: self.source.as_stored(n, state[n]) for n in names}, [])
+            stored = {n: self.source.as_stored(n, state[n]) for n in names}
+            tensors = {n: self.outside.as_stored(n, tensor) for n, tensor in stored.items()}
+            self.work.save("rest", {**tensors, **fold_tensors(self.outside, self.folded_head)}, [])
             release(self.source.model)
         self.processes.wait()
 
@@ -251,7 +289,7 @@ class _Run:
     def _done(self, record: dict[str, Any]) -> None:
         """Note the record of a layer, or of a finetuned block, and tell of it."""
         if "layer" in record:
-            self.records.append(record)
+            (self.outside_records if record.get("outside") else self.records).append(record)
             self.progress.layer(record)
         else:
             self.tuned.append(record)

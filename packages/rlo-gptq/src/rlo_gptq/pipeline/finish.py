@@ -11,23 +11,21 @@ from rlo_core.files import write_text
 
 from rlo_gptq.checkpoint.card import model_card
 from rlo_gptq.checkpoint.hf_quantizer import module_table
-from rlo_gptq.models.shards import ShardWriter
+from rlo_gptq.models import shards
+from rlo_gptq.models.shards import ShardWriter, stored_bytes
+from rlo_gptq.pipeline.outside import part_names
 from rlo_gptq.settings import LayerSettings
 
 if TYPE_CHECKING:
-    from rlo_gptq.models.layout import Layout
     from rlo_gptq.models.source import ModelSource
+    from rlo_gptq.pipeline.plan import Plan
     from rlo_gptq.pipeline.work_folder import WorkFolder
 from rlo_gptq.checkpoint.load import quantization_config, weight_bytes
-
-SINGLE_FILE_BYTES = 256 << 20
-"""Up to this size the model is one file; above it every block is a shard, and nothing is
-gathered."""
 
 
 def write_weights(parts: list[Path], writer: ShardWriter) -> None:
     """Take the tensors of `parts` over as one safetensors file, or as a shard for each."""
-    if sum(part.stat().st_size for part in parts) <= SINGLE_FILE_BYTES:
+    if sum(stored_bytes(part) for part in parts) <= shards.SINGLE_FILE_BYTES:
         writer.join(parts)
         return
     for number, part in enumerate(parts, 1):
@@ -37,7 +35,7 @@ def write_weights(parts: list[Path], writer: ShardWriter) -> None:
 def write_checkpoint(
     work: WorkFolder,
     source: ModelSource,
-    layout: Layout,
+    plan: Plan,
     settings: LayerSettings,
     *,
     base: str,
@@ -48,13 +46,14 @@ def write_checkpoint(
     Args:
         work: With all parts.
         source: The original model.
-        layout: Its blocks.
+        plan: What was done: blocks, embedding, head.
         settings: Of all layers.
         base: The original model's name, for the card.
         dataset: The calibration data, for the card.
     """
     folder = work.folder
-    parts = [work.part("rest")] + [work.part(f"block-{i:05d}") for i in range(layout.count)]
+    layout = plan.layout
+    parts = [work.part(name) for name in part_names(layout, plan.outside)]
     config = json.loads(source.config.to_json_string())
     config.pop("_name_or_path", None)  # a path of this machine
     config["quantization_config"] = quantization_config(
@@ -62,10 +61,13 @@ def write_checkpoint(
         blocks=layout.blocks,
         modules=module_table(layout.linears),
         experts=layout.experts,
+        outside=plan.outside.to_config(),
+        bits=layout.bits_in_blocks(),
     )
     config["architectures"] = [type(source.model).__name__]
     config["dtype"] = str(source.stored_dtype).removeprefix("torch.")
-    records = [r for part in parts for r in work.records(part.stem) if "layer" in r]
+    every = [record for part in parts for record in work.records(part.stem)]
+    records = [r for r in every if "layer" in r and not r.get("outside")]
     writer = ShardWriter(folder)
     write_weights(parts, writer)
     card = model_card(

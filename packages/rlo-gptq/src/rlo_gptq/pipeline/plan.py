@@ -13,8 +13,8 @@ from torch import nn
 
 from rlo_gptq.calibration.hessian_sum import CalibrationError
 from rlo_gptq.models.layout import Layout, find_layout, split_all_experts
-from rlo_gptq.packed.packing import packed_words
-from rlo_gptq.rounding.grids import groups_of
+from rlo_gptq.models.outside import Outside, plan_outside
+from rlo_gptq.pipeline.sizes import checkpoint_sizes
 from rlo_gptq.rounding.methods import rounding_bytes
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ class Plan:
     Args:
         layout: Blocks and layers.
         seqlen: Tokens of a calibration sequence.
+        outside: How embedding and head are stored.
         shapes: Of each layer to quantize, (out, in), by its full name.
         summary: Numbers to show: parameters, bytes, memory, time.
     """
 
     layout: Layout
     seqlen: int
+    outside: Outside
     shapes: dict[str, tuple[int, int]]
     summary: dict[str, Any]
 
@@ -57,18 +59,26 @@ def sequence_length(config: Any, wanted: int | None) -> int:
     return length
 
 
-def discover(source: ModelSource, options: Options) -> Plan:
+def discover(source: ModelSource, options: Options, *, folded: str | None = None) -> Plan:
     """Find the layers and estimate memory and time; loads no weights.
 
-    The time is a guess from operation counts, good to a factor of a few.
+    The size of the checkpoint is exact. The time is a guess from operation counts, good to a factor
+    of a few.
+
+    Args:
+        source: The model; with `--rotate fold` the folded one, or before that is made the original.
+        options: What to do.
+        folded: Kind of the rotation of a folded model whose head was tied.
 
     Raises:
         UnsupportedModelError: there are no layers to quantize.
+        OutsideError: embedding or head cannot have the bits that were asked for.
         CalibrationError: the sequences are longer than the model's.
     """
     skeleton = copy.deepcopy(source.model)  # splitting experts would hide them from the loader
     split_all_experts(skeleton)
     layout = find_layout(skeleton, skip=options.skip)
+    outside = plan_outside(source.model, options, source.came_as, folded=folded)
     text = source.config.get_text_config(decoder=True)
     seqlen = sequence_length(source.config, options.seqlen)
     dtype: torch.dtype = getattr(torch, options.dtype)
@@ -82,21 +92,16 @@ def discover(source: ModelSource, options: Options) -> Plan:
     }
     shapes = list(named.values())
     quantized = sum(m * d for m, d in shapes)
-    total = sum(p.numel() for p in skeleton.parameters())
-    scale_bytes = getattr(torch, options.layer.scale_dtype).itemsize
-    packed = sum(
-        m * 4 * packed_words(d, options.layer.bits)
-        + m * groups_of(d, options.layer.group_size) * scale_bytes * (1 if options.layer.sym else 2)
-        for m, d in shapes
-    )
-    rest = (total - quantized) * (source.stored_dtype.itemsize)
+    tied = set(source.model.all_tied_weights_keys)
+    total = sum(p.numel() for name, p in _parameters(skeleton).items() if name not in tied)
+    sizes = checkpoint_sizes(source, skeleton, layout, outside, options.layer)
     width = text.hidden_size
     activations = options.nsamples * seqlen * width * item
     largest = max(d for _, d in shapes)
-    outside = total - sum(p.numel() for block in blocks for p in block.parameters())
+    beside = total - sum(p.numel() for block in blocks for p in block.parameters())
     # What is outside of the blocks is in memory by itself, once as it is run and once as stored.
     stored_as = source.stored_dtype
-    saving = outside * (item + (0 if stored_as == dtype else stored_as.itemsize))
+    saving = beside * (item + (0 if stored_as == dtype else stored_as.itemsize))
     # Two sums of (d, d) while calibrating, and what a block makes of one sequence.
     calibrating = 8 * largest * largest + seqlen * (4 * width + 3 * largest) * item
     on_gpu = source.device.type == "cuda"
@@ -109,7 +114,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     kind = source.device.type
     speed = _FLOPS.get(kind, _FLOPS["cpu"]) * (torch.get_num_threads() if kind == "cpu" else 1)
     kept = activations * (not options.offload)
-    peak = max(saving, kept + max(outside * item, block_bytes + max(calibrating, rounded)))
+    peak = max(saving, kept + max(beside * item, block_bytes + max(calibrating, rounded)))
     if options.tune is not None:
         # Held: the dense outputs; codes as floats, dense weights and their gradients, in float32.
         tuned = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -118,6 +123,7 @@ def discover(source: ModelSource, options: Options) -> Plan:
     return Plan(
         layout,
         seqlen,
+        outside,
         named,
         {
             "model_type": source.config.model_type,
@@ -125,8 +131,14 @@ def discover(source: ModelSource, options: Options) -> Plan:
             "layers": len(shapes),
             "parameters": total,
             "quantized_parameters": quantized,
-            "bits_per_weight": round(8 * packed / quantized, 3),
-            "checkpoint_bytes": packed + rest,
+            "bits_per_weight": round(8 * sizes.layers / quantized, 3),
+            "embedding": outside.reasons[0],
+            "head": outside.reasons[1],
+            "checkpoint_bytes": sizes.files,
+            "layer_bytes": sizes.layers,
+            "embedding_bytes": sizes.embedding,
+            "head_bytes": sizes.head,
+            "other_bytes": sizes.other,
             "block_bytes": block_bytes,
             "activation_bytes": activations,
             "largest_hessian_bytes": 4 * largest * largest,
@@ -138,6 +150,10 @@ def discover(source: ModelSource, options: Options) -> Plan:
             "device": str(source.device),
         },
     )
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _available(device: torch.device) -> int | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from rlo_gptq.pipeline.progress import Bar, Log
 
 if TYPE_CHECKING:
-    from rlo_gptq.models.layout import Layout
     from rlo_gptq.models.source import ModelSource
     from rlo_gptq.options import Options
     from rlo_gptq.pipeline.plan import Plan
@@ -74,14 +73,12 @@ def run_quantization(
                 )
             )
 
-        def finish(work: WorkFolder, source: ModelSource, layout: Layout) -> None:
+        def finish(work: WorkFolder, source: ModelSource, plan: Plan) -> None:
             named = base or options.model
             if options.gguf is not None:
-                write_gguf(work, source, layout, options, base=named)
+                write_gguf(work, source, plan.layout, options, base=named)
                 return
-            write_checkpoint(
-                work, source, layout, options.layer, base=named, dataset=options.dataset
-            )
+            write_checkpoint(work, source, plan, options.layer, base=named, dataset=options.dataset)
 
         with bar:
             result = quantize_model(
@@ -108,6 +105,8 @@ def run_quantization(
             "worst_proxy": worst["proxy"],
             "worst_layer": worst["layer"],
             "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+            "embedding": plans[0].outside.reasons[0],
+            "head": plans[0].outside.reasons[1],
             "quantized_parameters": sum(weights),
             **_tuned(result.tuned),
             "resumed_blocks": result.resumed,

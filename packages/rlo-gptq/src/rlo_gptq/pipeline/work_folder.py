@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rlo_core.errors import RLOError
 from rlo_core.files import write_json
+from safetensors import safe_open
 from torch import Tensor
 
 from rlo_gptq.models.shards import save_tensors
@@ -122,6 +124,11 @@ class WorkFolder:
         """Write a part; its measurements first, so that the part is never there without them."""
         write_json(self.part(name).with_suffix(".json"), records)
         save_tensors(self.part(name), tensors, metadata=[("plan", self.fingerprint)])
+
+    def tensors(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors of a part."""
+        with safe_open(self.part(name), framework="pt", device=str(device)) as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return what was measured when a part was made."""
