@@ -271,7 +271,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(name, quantized, tmp_p
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("settings", {"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
+        ("settings", {"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8, got 7"),
         ("settings", {"group_size": -7}, "group_size must be -1, 0 or positive, got -7"),
         ("settings", {"bitz": 2}, "unknown setting 'bitz'"),
         ("settings", [], r"settings must be an object, got \[\]"),
@@ -280,7 +280,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(name, quantized, tmp_p
         ("modules", {"input_layernorm": None}, "must be nn.Linear, got LlamaRMSNorm"),
         ("modules", {"mlp.up_proj": [10**9]}, "must be null or a list of block numbers"),
         ("modules", {"mlp.up_proj": [7]}, "model has no layer 'model.layers.7.mlp.up_proj'"),
-        ("version", 2, "version must be 1, got 2; update rlo-gptq"),
+        ("version", 3, "version must be at most 2, got 3; update rlo-gptq"),
         ("extra", 1, "quantization_config has unknown fields extra"),
     ],
 )

@@ -55,7 +55,8 @@ def test_quantize_prints_one_document_and_writes_a_run_and_a_report(made):
     assert run_document["options"]["layer"]["rescale"] is True
     assert run_document["options"]["layer"]["incoherence"] == "hadamard"
     layers = [record["layer"] for record in read_metrics(out)]
-    assert len(layers) == 14
+    assert len(layers) == 14 + 1  # the tied embedding comes last
+    assert layers[-1] == "model.embed_tokens"
     assert "model.layers.1.mlp.down_proj" in layers
     assert "down_proj" in (out / "report.html").read_text()
 
@@ -67,7 +68,7 @@ def test_quantizing_again_says_that_it_is_done(made, model_folder, text_file):
     again = json.loads(run(*arguments, "--save", out, "--json").stdout)
     assert again["already_done"] is True
     assert again["worst_layer"] == document["worst_layer"]
-    assert run(*arguments, "--save", out).stdout.startswith("complete already: 14 layers at 4.")
+    assert run(*arguments, "--save", out).stdout.startswith("complete already: 14 layers at 6.")
 
 
 def test_another_setting_in_the_same_folder_is_one_line_and_status_1(made, model_folder, text_file):
@@ -102,8 +103,10 @@ def test_eval_prints_the_perplexity_of_both_models(made, text_file):
 
 def test_inspect_lists_the_layers_with_their_errors(made):
     document = json.loads(run("inspect", made[0], "--json").stdout)
-    assert document["layers"][0]["layer"].startswith("model.layers.0.")
-    assert len(document["layers"]) == 14
+    assert document["layers"][0]["layer"] == "model.embed_tokens"
+    assert document["layers"][1]["layer"].startswith("model.layers.0.")
+    assert len(document["layers"]) == 14 + 1
+    assert [layer["bits"] for layer in document["layers"]] == [8] + 14 * [4]
     assert all(layer["proxy"] < 0.05 for layer in document["layers"])
     assert document["settings"]["bits"] == 4
     assert "model.layers.1.mlp.up_proj" in run("inspect", made[0]).stdout
