@@ -7,7 +7,7 @@ weights. One matrix for both stays one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ class Outside:
     fold: str | None = None
     columns: tuple[int, int] = (0, 0)
     scale: float = 1.0
-    dtypes: Mapping[str, str] = ()  # type: ignore[assignment]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, str] = ("", "")
 
     @property
@@ -104,7 +104,7 @@ class Outside:
         Raises:
             OutsideError: it has a value that the type cannot hold.
         """
-        kind = dict(self.dtypes).get(name.rpartition(".")[0])
+        kind = self.dtypes.get(name.rpartition(".")[0])
         if kind is None or tensor.dtype.itemsize <= 2:
             return tensor
         narrow: Tensor = tensor.to(getattr(torch, kind))

@@ -190,7 +190,7 @@ def file_of(source: ModelSource, kind: str, *, origin: Path | None) -> FileOf:
         mixture_of(source, kind).of,
         kind=kind,
         origin=origin,
-        stored=source.stored,
+        stored=source.in_file,
     )
 
 
