@@ -1,6 +1,9 @@
-"""What our loss costs in timm's training step, against timm's own loss for the same targets.
+"""What our loss costs in timm's training step, and our loader and epoch beside timm's own.
 
-`python benchmarks/bench_timm.py [--batch N] [--rounds N]`. Two measurements. The whole step of
+`python benchmarks/bench_timm.py [--batch N] [--rounds N]`. `--loader` measures the loader alone:
+timm's `create_loader` with its own sampler, and ours, over the same pictures, transforms and
+process, an epoch each, interleaved (`results/timm_loader.jsonl`). Without it, two measurements: the
+whole step of
 ResNet-18 with a CIFAR stem (forward, backward, SGD), both losses interleaved: what a user sees,
 with the machine's noise in it. The loss and its gradient alone, which differ by microseconds that
 the step cannot resolve; their difference over the step is the overhead. Batch 16 because a CPU step
@@ -9,6 +12,7 @@ is most of a second already; a larger batch or image makes the loss's share smal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import click
@@ -18,6 +22,10 @@ import torch
 from harness import compare, write_results
 from rlo_core.registry import parse_spec
 from rlo_timm.launcher.criteria import counterpart
+from rlo_timm.trainer.data import load_data
+from rlo_timm.trainer.loaders import Inputs, TrainBatches, train_loader
+from rlo_timm.trainer.pictures import Pictures
+from rlo_timm.trainer.settings import TrainSettings
 from timm.loss import (
     BinaryCrossEntropy,
     JsdCrossEntropy,
@@ -62,11 +70,61 @@ def alone(loss: nn.Module, logits: Tensor, target: Tensor) -> Callable[[], None]
     return run
 
 
+def measure_loader(rounds: int, images: int) -> list[dict[str, object]]:
+    """Time an epoch of each loader over scikit-learn's digits as 32x32 pictures, no workers."""
+    device = torch.device("cpu")
+    settings = TrainSettings(
+        dataset="digits", train_limit=images, workers=0, batch_size=32, augment=True
+    )
+    records: list[dict[str, object]] = []
+    for name, options in {
+        "crop and flip": {},
+        "rand-m9-mstd0.5": {"aa": "rand-m9-mstd0.5"},
+    }.items():
+        settings = dataclasses.replace(settings, **options)  # type: ignore[arg-type]
+        ours_data, host_data = load_data(settings), load_data(settings)
+        assert isinstance(ours_data.train, Pictures)
+        batches = TrainBatches(ours_data.train, 32, seed=1)
+        ours = train_loader(ours_data, settings, Inputs(32), batches, device)
+        # The same transforms, timm's own shuffling sampler.
+        host = train_loader(host_data, settings, Inputs(32), None, device)
+
+        def epoch(loader: object) -> Callable[[], None]:
+            def run() -> None:
+                for _ in loader:  # type: ignore[attr-defined]
+                    pass
+
+            return run
+
+        times = compare({"timm": epoch(host), "rlo": epoch(ours)}, rounds=rounds, warmup=2)
+        for loader, t in times.items():
+            count = images if loader == "rlo" else images // 32 * 32  # timm drops the last batch
+            records.append(
+                {
+                    "what": "loader",
+                    "transforms": name,
+                    "loader": loader,
+                    "images_per_second": count / t["median"],
+                    "q1": count / t["q3"],
+                    "q3": count / t["q1"],
+                    "rounds": rounds,
+                }
+            )
+    return records
+
+
 @click.command()
+@click.option("--loader", is_flag=True, help="Measure the loader only.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rounds", default=8, show_default=True)
-def main(batch: int, rounds: int) -> None:
+def main(loader: bool, batch: int, rounds: int) -> None:
     torch.set_num_threads(1)
+    if loader:
+        records = measure_loader(rounds, 512)
+        for record in records:
+            print({k: round(v, 1) if isinstance(v, float) else v for k, v in record.items()})
+        write_results("timm_loader", records)
+        return
     torch.manual_seed(0)
     model = timm.create_model("resnet18_cifar", num_classes=10)
     images = torch.randn(batch, 3, 32, 32)
