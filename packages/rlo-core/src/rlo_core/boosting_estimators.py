@@ -45,6 +45,8 @@ class RootedLGBMClassifier(LGBMClassifier):  # type: ignore[misc]
         (2, 2)
     """
 
+    objective: Any
+
     def __init__(self, loss: str = "rlo:k=3", **kwargs: Any) -> None:
         _require(LGBMClassifier, "lightgbm")
         super().__init__(**kwargs)
@@ -112,6 +114,8 @@ class RootedXGBClassifier(XGBClassifier):  # type: ignore[misc]
         >>> model.predict_proba(x[:2]).shape
         (2, 2)
     """
+
+    objective: Any
 
     def __init__(self, loss: str = "rlo:k=3", **kwargs: Any) -> None:
         _require(XGBClassifier, "xgboost")
