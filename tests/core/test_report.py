@@ -13,7 +13,7 @@ import pytest
 from rlo_core.errors import RunError
 from rlo_core.runs.curves import read_panels
 from rlo_core.runs.record import Run
-from rlo_core.runs.report import write_pictures, write_report
+from rlo_core.runs.report import column_text, write_pictures, write_report
 
 
 def make_run(folder: Path, loss: str, seed: int, offset: float = 0.0) -> Path:
@@ -102,6 +102,35 @@ def test_every_curve_is_a_picture_of_its_own(folders: list[Path], tmp_path: Path
     written = write_pictures(folders, tmp_path / "pictures")
     assert [path.name for path in written] == ["val-accuracy.png", "train-ce.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([97.78, 97.5], ["97.78", "97.50"]),
+        ([1.0, 0.98, None], ["1.00", "0.98", ""]),
+        ([0.123456, 2.0], ["0.1235", "2.0000"]),
+        ([4.886, 30170.25], ["4.9", "30,170.2"]),
+        ([1_044_992, 12], ["1,044,992", "12"]),
+        ([0.00054181], ["0.0005418"]),
+        (["ce", 1.5], ["ce", "1.5"]),
+        ([math.nan, 1.25], ["nan", "1.25"]),
+        ([0.0, 0.0], ["0", "0"]),
+    ],
+)
+def test_the_numbers_of_a_column_have_as_many_decimals_as_each_other(
+    values: list[object], shown: list[str]
+) -> None:
+    assert column_text(values) == shown
+
+
+def test_the_sentence_of_a_table_stands_under_it_and_one_run_reads_down(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", kind="demo")
+    run.finish(scores=[{"loss": "ce", "accuracy": 1.0}], notes={"scores": "All is well."}, seven=7)
+    text = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    assert '<p class="note">All is well.</p>' in text
+    assert {"seven", "7"} <= set(Page(text).cells)
+    assert "notes" not in Page(text).cells
 
 
 def test_a_run_without_curves_still_has_a_page(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from rlo_core.cli.main import main
 from rlo_core.runs.record import read_metrics, read_run
-from rlo_hf.demo import demo, docstrings, reference
+from rlo_hf.demo import TABLE, demo, docstrings, reference
 
 
 def test_its_text_is_pythons_own_and_the_held_out_half_is_another():
@@ -27,7 +27,7 @@ def test_finetuning_lowers_held_out_perplexity_under_every_loss(tmp_path):
         tmp_path / "llm", console=console, losses=("ce", "rlo:k=5,m=5"), pretraining=12,
         finetuning=12,
     )  # fmt: skip
-    rows = {row["loss"]: row for row in summary["llm"]}
+    rows = {row["loss"]: row for row in summary[TABLE]}
     assert set(rows) == {"ce", "rlo:k=5,m=5"}
     assert len({row["perplexity before"] for row in rows.values()}) == 1
     for loss, row in rows.items():
@@ -49,6 +49,6 @@ def test_the_command_puts_it_in_the_report(tmp_path):
     rows = json.loads(result.stdout)
     assert "perplexity after" in json.dumps(rows)
     page = (tmp_path / "report.html").read_text()
-    assert "llm" in page
+    assert "A tiny language model" in page
     assert "perplexity" in page
-    assert (tmp_path / "llm-held-out-perplexity.png").is_file()
+    assert (tmp_path / "a-language-model-held-out-perplexity.png").is_file()

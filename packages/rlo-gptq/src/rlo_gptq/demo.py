@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from rlo_core.demo.digits import show_table
 from rlo_core.lm.perplexity import perplexity
 from rlo_core.registry import create_loss
 from rlo_core.runs.record import Run
@@ -30,6 +31,7 @@ from rlo_gptq.settings import LayerSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+TABLE = "A language model in 2 bits: held-out perplexity per byte, bytes on disk"
 STEPS = 150
 BATCH, CONTEXT = 8, 128
 LOSS = "rlo-convex:k=8"
@@ -135,14 +137,21 @@ def run(run_dir: Path, *, console: Console, steps: int = STEPS) -> dict[str, Any
         _quantize(folder, data, out, layer, _Quiet(log, name))
         rows.append(_row(name, load(out), held, out))
         log.log(variant=name, split="held out", perplexity=rows[-1]["perplexity"])
-    _show(rows, console)
     best = rows[-1]
+    small, large = best["perplexity"], rows[0]["perplexity"]
+    note = f"{best['model']} takes {best['bytes'] / rows[0]['bytes']:.0%} of the bytes of float32"
+    if small == min(row["perplexity"] for row in rows[1:]):
+        note += f" and comes nearest to its perplexity: {small:.2f} against {large:.2f}"
+    note += "."
+    show_table(TABLE, rows, console, note=note)
     summary = {
         "perplexity_float": rows[0]["perplexity"],
         "perplexity_2bit": best["perplexity"],
         "bytes_float": rows[0]["bytes"],
         "bytes_2bit": best["bytes"],
-        "gptq": rows,
+        TABLE: rows,
+        "title": "a model in 2 bits",
+        "notes": {TABLE: note},
     }
     log.finish(**summary)
     return summary
@@ -165,12 +174,3 @@ def _row(name: str, model: Any, held: Tensor, folder: Path) -> dict[str, Any]:
         measured = perplexity(model, held, context=CONTEXT, batch_size=8)
     size = sum(file.stat().st_size for file in weight_files(folder))
     return {"model": name, "perplexity": round(measured.perplexity, 4), "bytes": size}
-
-
-def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("model", "held-out perplexity per byte", "bytes on disk")
-    for row in rows:
-        table.add_row(row["model"], f"{row['perplexity']:.3f}", f"{row['bytes']:,}")
-    console.print(table)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rlo_core.demo.digits import show_table
 from rlo_core.errors import RLOError
 from rlo_core.lm.perplexity import perplexity
 from rlo_core.runs.record import Run
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOSSES = ("ce", "dft", "rlo:k=5,m=5")
+TABLE = "A tiny language model, finetuned on Python's language reference"
 VOCABULARY = 768
 BLOCK = 64
 BATCH = 16
@@ -138,8 +140,14 @@ def demo(
                     "held-out tokens": after.tokens,
                 }
             )
-    _show(rows, console)
-    summary: dict[str, Any] = {"trainings": 1 + len(losses), "llm": rows}
+    note = _note(rows)
+    show_table(TABLE, rows, console, note=note)
+    summary: dict[str, Any] = {
+        "trainings": 1 + len(losses),
+        TABLE: rows,
+        "title": "a language model",
+        "notes": {TABLE: note},
+    }
     run.finish(**summary)
     return summary
 
@@ -204,12 +212,9 @@ def _train(
         advance(step, float(value.detach()))
 
 
-def _show(rows: list[dict[str, Any]], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(title="A tiny Llama finetuned on Python's language reference")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "loss" else "right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+def _note(rows: list[dict[str, Any]]) -> str:
+    best = min(rows, key=lambda row: row["perplexity after"])
+    return (
+        f"Lower is better, and {best['loss']} ends lowest, at {best['perplexity after']:.1f}. "
+        "Perplexity is what cross entropy minimises: another loss has to be good at something else."
+    )

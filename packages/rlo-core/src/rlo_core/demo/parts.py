@@ -5,7 +5,9 @@ A package adds a part with an entry point in the group `rlo_core.demos` that nam
     part(run_dir: Path, *, console: rich.console.Console) -> dict
 
 It writes its run (`rlo_core.runs.record.Run`) into `run_dir`, shows its progress and its table on
-`console`, and returns the summary that it gave `Run.finish`. Data has to come with the
+`console`, and returns the summary that it gave `Run.finish`: numbers, tables (lists of mappings,
+under the heading that they have on the page), and, if it likes, `title` and `notes`, for a table's
+heading the sentence that says what to see in it. Data has to come with the
 dependencies: a part downloads nothing. A part that cannot run here raises `RLOError` with the
 reason, and is left out.
 """
@@ -13,16 +15,21 @@ reason, and is left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlo_core.errors import PluginError, RLOError, SpecError
 from rlo_core.plugins import DEMOS, find_plugins, load_plugin, package_of, unknown_name
 from rlo_core.runs.record import Run, read_metrics
+from rlo_core.runs.report import NOTES
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+TITLE = "title"
+"""In a part's summary: what the part is called on the page, in words."""
 
 
 def demo_parts() -> list[str]:
@@ -67,7 +74,9 @@ def run_demo(
     for name in chosen:
         started = time.monotonic()
         try:
-            summary = load_plugin(DEMOS, name)(folder / name, console=console)
+            part = load_plugin(DEMOS, name)
+            with _one_thread():
+                summary = part(folder / name, console=console)
         except PluginError:
             raise
         except RLOError as error:
@@ -77,17 +86,34 @@ def run_demo(
         summaries[name] = {**summary, "seconds": round(time.monotonic() - started, 1)}
         # The whole demo in one folder: `rlo report FOLDER` draws all its parts.
         for record in read_metrics(folder / name):
-            run.log(**{"part": name, **record})
+            run.log(**{"part": summary.get(TITLE, name), **record})
     run.finish(**_merged(summaries))
     write_report([folder], folder / "report.html", title="rlo demo")
     write_pictures([folder], folder)
     return summaries
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: the parts' models are small, and threads would only wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _merged(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return one summary of all parts: tables under their own names, the rest with the part's."""
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = {NOTES: {}}
     for name, summary in summaries.items():
+        title = summary.get(TITLE, name)
         for key, value in summary.items():
-            merged[key if isinstance(value, list) else f"{name} {key}"] = value
+            if key == NOTES:
+                merged[NOTES] |= value
+            elif key != TITLE:
+                merged[key if isinstance(value, list) else f"{title}: {key}"] = value
     return merged

@@ -7,8 +7,10 @@ number or a text is a column of the table of runs, and a list of mappings is a t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from rlo_core.runs.curves import Panel, read_panels
 from rlo_core.runs.record import read_run
 
 MAX_PICTURES = 36
+NOTES = "notes"
+"""In a summary: for tables by their names, one sentence that says what to see in them."""
 _RUN_COLUMNS = ("kind", "loss", "seed", "status", "seconds")
 
 
@@ -32,29 +36,61 @@ class Table:
     rows: list[list[str]]
     numeric: set[int] = field(default_factory=set)
     caption: str = ""
+    note: str = ""
 
 
-def table_of(name: str, records: Sequence[Mapping[str, Any]], caption: str = "") -> Table:
-    """Return records as a table: the union of their keys, numbers at four digits, gaps empty."""
+def table_of(
+    name: str, records: Sequence[Mapping[str, Any]], caption: str = "", note: str = ""
+) -> Table:
+    """Return records as a table: the union of their keys, each number as its column asks, no gaps.
+
+    Args:
+        name: The heading.
+        records: One mapping a row.
+        caption: Which run they are of.
+        note: One sentence below: what to see in the table.
+    """
     columns = list(dict.fromkeys(key for record in records for key in record))
-    values = [[record.get(column) for column in columns] for record in records]
-    numeric = {
-        i
-        for i in range(len(columns))
-        if all(
-            row[i] is None or (isinstance(row[i], (int, float)) and not isinstance(row[i], bool))
-            for row in values
-        )
-    }
-    return Table(name, columns, [[_cell(v) for v in row] for row in values], numeric, caption)
+    values = [[record.get(column) for record in records] for column in columns]
+    numeric = {i for i, column in enumerate(values) if all(v is None or _number(v) for v in column)}
+    cells = [column_text(column) for column in values]
+    return Table(
+        name, columns, [list(row) for row in zip(*cells, strict=True)], numeric, caption, note
+    )
+
+
+def column_text(values: Sequence[Any]) -> list[str]:
+    """Return a column's values as text: numbers with one number of decimals, gaps empty.
+
+    As many decimals as give the smallest number four digits, but no more than the numbers came
+    with, and no more than six digits in the largest: 97.78 and 97.5 become 97.78 and 97.50.
+    """
+    floats = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+    sizes = [abs(v) for v in floats if v != 0.0]
+    decimals = 0
+    if sizes:
+        wanted = 3 - math.floor(math.log10(min(sizes)))
+        room = 5 - math.floor(math.log10(max(sizes)))
+        decimals = max(0, min(wanted, room, max(map(_decimals, floats))))
+    return [
+        f"{v:,.{decimals}f}" if v in floats and isinstance(v, float) else _cell(v) for v in values
+    ]
+
+
+def _decimals(value: float) -> int:
+    """Return the number of decimals that a number is written with."""
+    text = f"{Decimal(repr(value)):f}"
+    return len(text.partition(".")[2].rstrip("0"))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
 def _tables(folders: Sequence[Path], documents: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -63,15 +99,21 @@ def _tables(folders: Sequence[Path], documents: Sequence[Mapping[str, Any]]) -> 
     for folder, document in zip(folders, documents, strict=True):
         row: dict[str, Any] = {"run": folder.resolve().name}
         row |= {name: document.get(name) for name in _RUN_COLUMNS if document.get(name) is not None}
+        notes = document.get("summary", {}).get(NOTES, {})
         for key, value in document.get("summary", {}).items():
+            if key == NOTES:
+                continue
             if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
                 caption = folder.resolve().name if len(folders) > 1 else ""
-                own.append(table_of(key, value, caption))
+                own.append(table_of(key, value, caption, notes.get(key, "")))
             elif isinstance(value, dict):
                 row |= {f"{key} {inner}": v for inner, v in value.items() if _scalar(v)}
             elif _scalar(value):
                 row[key] = value
         rows.append(row)
+    if len(rows) == 1:  # one run reads better down than across, and fits any page
+        lines = [[key, *column_text([value])] for key, value in rows[0].items()]
+        return [*own, Table("Run", ["", "value"], lines)]
     return [*own, table_of("Runs", rows)]
 
 
