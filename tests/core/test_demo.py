@@ -84,7 +84,7 @@ def test_two_epochs_on_digits_beat_chance_and_are_on_disk(tmp_path: Path) -> Non
     assert all(row["accuracy %"] > 40 for row in rows if row["network"] == "conv")
     assert rows[0]["time of a step / ce"] == 1.0
     records = list(read_metrics(tmp_path / "r"))
-    assert len(records) == 12
+    assert len(records) == 16
     assert [row["loss"] for row in summary[NOISY_TABLE]] == ["ce", "rlo:k=2"]
     assert set(summary["notes"]) == {CLEAN_TABLE, NOISY_TABLE}
     assert "points from ce" in summary["notes"][NOISY_TABLE]
