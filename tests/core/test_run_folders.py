@@ -234,3 +234,41 @@ except OSError as error:
     assert done.stdout in ("File too large\n", "No space left on device\n")
     assert list(read_metrics(tmp_path)) == [{"epoch": 1}]
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
+
+
+@pytest.mark.parametrize("out", ["full", "a file"])
+def test_a_report_that_cannot_be_written_is_one_line_and_nothing_is_left(
+    tmp_path: Path, out: str
+) -> None:
+    resource = pytest.importorskip("resource")
+    Run.create(tmp_path / "run", kind="test").finish(ce=0.5)
+    target = tmp_path / "page.html"
+    if out == "a file":
+        (tmp_path / "file").write_text("")
+        target = tmp_path / "file" / "page.html"
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if out == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from rlo_core.cli.main import main; main()",
+            "report",
+            str(tmp_path / "run"),
+            "--out",
+            str(target),
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=limited,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    assert not target.exists()
+    assert not list(tmp_path.glob(".*.tmp"))

@@ -17,6 +17,7 @@ from rlo_core.errors import RunError
 from rlo_core.runs.folder import lock_folder
 from rlo_stylegan.checkout import RECORD
 from rlo_stylegan.cli import main
+from rlo_stylegan.errors import ChangedError
 from rlo_stylegan.ledger import Ledger
 
 ORIGINAL = {"train.py": b"train", "training/loss.py": b"loss", "torch_utils/misc.py": b"misc"}
@@ -128,7 +129,7 @@ def test_an_edit_between_two_stops_is_still_refused(tmp_path: Path) -> None:
     change(root, ("loss",), 6)
     change(root, (), 2)
     (root / "train.py").write_bytes(b"mine")
-    with pytest.raises(rlo_stylegan.patching.ChangedError, match=r"^train.py changed since"):
+    with pytest.raises(ChangedError, match=r"^train.py changed since"):
         change(root, ())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,11 @@ class FriendlyGroup(click.Group):
             return super().invoke(ctx)
         except RLOError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a full disk, a folder that is read-only or not there
+            if error.errno in (None, errno.EPIPE):
+                raise
+            at = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{at}{error.strerror}") from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
