@@ -23,7 +23,8 @@ def _differentiable_again(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
     which `jvp` is handed as an argument; its tangents of outer levels stay.
     """
     with forward_ad._set_fwd_grad_enabled(True):
-        yield tuple(forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved)
+        unpack: Any = forward_ad.unpack_dual  # which has no types
+        yield tuple(unpack(tensor, level=0).primal for tensor in saved)
 
 
 class _ApplyLink(torch.autograd.Function):
