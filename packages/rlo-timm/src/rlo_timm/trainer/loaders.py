@@ -16,7 +16,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from timm.data.loader import create_loader
+from timm.data.loader import create_loader, fast_collate
 from timm.data.transforms import ToNumpy
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchvision import transforms  # type: ignore[import-untyped]
@@ -264,6 +264,22 @@ def val_loader(
     return loader
 
 
+def collate(samples: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return uint8 images (N, 3, H, W) and labels (N,), as timm's `fast_collate` does.
+
+    Stacked at once: it clears a batch first and then adds the images to it one by one.
+    """
+    images, labels = zip(*samples, strict=True)
+    if isinstance(images[0], np.ndarray):
+        batch = torch.from_numpy(np.stack(images))
+    elif isinstance(images[0], torch.Tensor):
+        batch = torch.stack(images)
+    else:  # several augmentations of one image
+        made: tuple[torch.Tensor, torch.Tensor] = fast_collate(samples)
+        return made
+    return batch, torch.tensor(labels)
+
+
 def _take_batches(loader: Any, batches: Sampler[list[int]]) -> None:
     """Put our batches in place of the sampler of timm's loader."""
     old = loader.loader
@@ -271,7 +287,7 @@ def _take_batches(loader: Any, batches: Sampler[list[int]]) -> None:
         old.dataset,
         batch_sampler=batches,
         num_workers=old.num_workers,
-        collate_fn=old.collate_fn,
+        collate_fn=collate if old.collate_fn is fast_collate else old.collate_fn,
         pin_memory=old.pin_memory,
         worker_init_fn=old.worker_init_fn,
         persistent_workers=old.persistent_workers,
