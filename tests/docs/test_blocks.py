@@ -85,7 +85,7 @@ def test_every_command_of_a_page_exists_and_takes_its_options(name: str) -> None
         ("torchrun --nproc-per-node=2 -m rlo_gptq quantize MODEL DATA --save DIR", None),
         ("rlo-gptq quantize MODEL DATA --bits 2", "No such option"),
         ("rlo-gptq squeeze MODEL", "No such command 'squeeze'"),
-        ("rlo-gptq quantize MODEL DATA --wbits 5", "'5' is not one of"),
+        ("rlo-gptq quantize MODEL DATA --wbits 7", "'7' is not one of"),
         ("make tea", "no target 'tea'"),
         ("pip install 'rlo-hf[alle]'", "no extra 'alle'"),
         ("cargo run", "not a command of this suite"),
