@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import traceback
+import linecache
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -37,10 +38,13 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_"
 
 def asking_line() -> str:
     """Return the nearest line of the packages on the stack, as `file.py:12 text`."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/packages/rlo-" in frame.filename:
-            name = frame.filename.rsplit("/src/", 1)[-1]
-            return f"{name}:{frame.lineno} {frame.line}"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/packages/rlo-" in file:
+            text = linecache.getline(file, frame.f_lineno).strip()
+            return f"{file.rsplit('/src/', 1)[-1]}:{frame.f_lineno} {text}"
+        frame = frame.f_back
     return ""
 
 
@@ -57,6 +61,7 @@ class Trace(TorchDispatchMode):
         flops: Of matrix products.
         peak: The most bytes of CUDA storages alive at one time that were made in the trace.
         devices: The CUDA devices that results were made on.
+        kernel_devices: Launches of Triton kernels by the number of the current device.
     """
 
     def __init__(self, scalar: Scalar = 1) -> None:
@@ -68,6 +73,7 @@ class Trace(TorchDispatchMode):
         self.syncs: collections.Counter[tuple[str, str]] = collections.Counter()
         self.double: collections.Counter[tuple[str, str]] = collections.Counter()
         self.devices: set[str] = set()
+        self.kernel_devices: collections.Counter[int] = collections.Counter()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,6 +146,7 @@ class Trace(TorchDispatchMode):
         """Count the launch of a Triton kernel."""
         self.launches += 1
         self.launched[name] += 1
+        self.kernel_devices[torch.cuda.current_device()] += 1
         self.sites[asking_line()] += 1
 
     def summary(self) -> str:

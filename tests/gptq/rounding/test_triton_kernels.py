@@ -35,7 +35,7 @@ for bits, d, m, group_size, block in ((2, 24, 40, -1, 16), (3, 21, 33, 8, 128), 
         feedback.kernels_apply = greedy.kernels_apply = lambda *a: kernels
         results.append(feedback.round_with_feedback(W[order], N, grid, order, block_size=block))
         state = greedy.start(W[order], H[order][:, order], results[0][0].clone(), grid, order)
-        found["changed"].append(greedy.greedy_pass(state, grid, block_size=block))
+        found["changed"].append(int(greedy.greedy_pass(state, grid, block_size=block)))
         states.append(state)
     found["feedback"].append((results[0][0] != results[1][0]).float().mean().item())
     found["targets"] = max(found["targets"], (results[0][1] - results[1][1]).abs().max().item())

@@ -22,6 +22,8 @@ from rlo_gptq.rounding.grids import Grid, ScalarGrid
 # much as one operator call, so that the loop over columns is bound by calls, not by memory.
 TILE = 16
 STRIP = 128  # rows of a matrix that are copied at one time where it is changed in place
+LARGEST_BLOCK = 128
+"""Columns of a block on CUDA at most: with 512 the kernels' registers spill kilobytes."""
 
 
 @dataclass
@@ -51,7 +53,7 @@ def factor(hessian: Tensor) -> Factor:
             matrix.diagonal().add_(extra * matrix.diagonal().mean())
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(matrix.T, out=(matrix.T, info))
-        if info == 0:
+        if not int(info):
             break
     else:
         raise ValueError("the Hessian must be positive semi-definite, got an indefinite one")
@@ -108,12 +110,26 @@ def round_with_feedback(
     codes = torch.empty_like(weight)
     targets = weight.clone()
     errors = torch.empty_like(weight)
-    block = _kernel_block if noise is None and kernels_apply(weight, grid) else _torch_block
-    for start in range(0, d, block_size):
-        rows = slice(start, min(start + block_size, d))
-        if start:
-            targets[rows].addmm_(feedback[rows, :start], errors[:start])
-        block(
+    if noise is None and kernels_apply(weight, grid):
+        groups = grid.group[order].to(torch.int32)
+        size = min(block_size, LARGEST_BLOCK)
+        for rows in _blocks(d, size):
+            if rows.start:
+                targets[rows].addmm_(feedback[rows, : rows.start], errors[: rows.start])
+            _kernel_block(
+                targets[rows],
+                weight[rows],
+                feedback[rows, rows],
+                codes[rows],
+                errors[rows],
+                grid,
+                groups[rows],
+            )
+        return codes, targets
+    for rows in _blocks(d, block_size):
+        if rows.start:
+            targets[rows].addmm_(feedback[rows, : rows.start], errors[: rows.start])
+        _torch_block(
             targets[rows],
             weight[rows],
             feedback[rows, rows],
@@ -124,6 +140,10 @@ def round_with_feedback(
             None if noise is None else noise[rows],
         )
     return codes, targets
+
+
+def _blocks(d: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, d)) for start in range(0, d, size)]
 
 
 def kernels_apply(weight: Tensor, grid: Grid) -> bool:
@@ -143,14 +163,13 @@ def _kernel_block(
     codes: Tensor,
     errors: Tensor,
     grid: Grid,
-    order: Tensor,
-    noise: Tensor | None,
+    groups: Tensor,
 ) -> None:
     from rlo_gptq.rounding.triton_kernels import feedback_block
 
-    if not isinstance(grid, ScalarGrid) or noise is not None:
-        raise TypeError("the kernel rounds to scalar grids without noise only")
-    feedback_block(targets, weight, feedback, codes, errors, grid, order)
+    if not isinstance(grid, ScalarGrid):
+        raise TypeError("the kernel rounds to scalar grids only")
+    feedback_block(targets, weight, feedback, codes, errors, grid, groups)
 
 
 def _torch_block(
@@ -165,14 +184,55 @@ def _torch_block(
 ) -> None:
     """Round one block in tiles: rank-1 updates in a tile, one matrix product between tiles."""
     columns = order.tolist()
+    groups = grid.group[order].tolist() if noise is None and type(grid) is ScalarGrid else None
     value = torch.empty_like(weight[0])
     for low in range(0, len(weight), TILE):
         high = min(low + TILE, len(weight))
+        tile = slice(low, high)
         if low:
-            targets[low:high].addmm_(feedback[low:high, :low], errors[:low])
+            targets[tile].addmm_(feedback[tile, :low], errors[:low])
+        if groups is not None and len(set(groups[low:high])) == 1 and isinstance(grid, ScalarGrid):
+            _code_units_tile(
+                targets[tile],
+                weight[tile],
+                feedback[tile, tile],
+                codes[tile],
+                errors[tile],
+                grid,
+                groups[low],
+            )
+            continue
         for j in range(low, high):
             target = targets[j] if noise is None else targets[j] + noise[j]
             grid.round_column(target, columns[j], codes[j], value)
             torch.sub(weight[j], value, out=errors[j])
             if j + 1 < high:
                 targets[j + 1 : high].addr_(feedback[j + 1 : high, j], errors[j])
+
+
+def _code_units_tile(
+    targets: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    grid: ScalarGrid,
+    group: int,
+) -> None:
+    """Round a tile whose columns share a scale in units of it: half of the calls for a column."""
+    inverse, zero, scale = grid.inverse[group], grid.zeros[group], grid.scales[group]
+    target, wanted = torch.addcmul(zero, targets, inverse), torch.addcmul(zero, weight, inverse)
+    count = len(codes)
+    rows = zip(target.unbind(0), wanted.unbind(0), codes.unbind(0), errors.unbind(0), strict=True)
+    for j, (at, want, code, error) in enumerate(rows):
+        torch.round(at, out=code)
+        code.clamp_(0, grid.top)
+        torch.sub(want, code, out=error)
+        if j + 1 < count:
+            target[j + 1 :].addr_(feedback[j + 1 :, j], error)
+    torch.sub(target, zero, out=targets).mul_(scale)
+    # A scale of 0 has one code, and all of the weight for an error.
+    if not inverse.all():
+        codes.copy_(torch.where(inverse > 0, codes, zero.round().clamp(0, grid.top)))
+    torch.sub(codes, zero, out=target).mul_(scale)
+    torch.sub(weight, target, out=errors)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlo_gptq.rounding.grids import column_groups, stored
+from rlo_gptq.rounding.grids import column_groups, nearest_stored
 from rlo_gptq.rounding.methods import round_in_parts
 from rlo_gptq.rounding.quip import prepare, quip_round
 from rlo_gptq.rounding.rotation import Transform
@@ -50,7 +50,7 @@ class QuantizedLayer:
 
     def values(self) -> Tensor:
         """Return the rounded matrix (m, d), float32, in the transformed basis."""
-        group = column_groups(self.codes.shape[1], self.group_size).to(self.codes.device)
+        group = column_groups(self.codes.shape[1], self.group_size, self.codes.device)
         if self.grid == "trellis":
             unit = decode(self.codes.T).T
         else:
@@ -71,8 +71,12 @@ def proxy_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
         rounded: What (m, d).
         hessian: H (d, d), undamped.
     """
-    of_weight = _quadratic(weight, hessian)
-    return _quadratic(weight - rounded, hessian) / of_weight if of_weight > 0 else 0.0
+    return _ratio(_quadratic(weight - rounded, hessian), _quadratic(weight, hessian))
+
+
+def _ratio(of_error: Tensor, of_weight: Tensor) -> float:
+    """Return the quotient of two numbers, 0 for a weight of no size; waits for the device."""
+    return float(torch.where(of_weight > 0, of_error / of_weight, 0.0))
 
 
 def quantize_layer(
@@ -137,13 +141,18 @@ def quantize_layer(
 def normalised(hessian: Tensor) -> Tensor:
     """Return the symmetric part of H divided by its mean diagonal; the identity for H = 0."""
     mean = hessian.diagonal().mean()
-    if not mean > 0:
-        return torch.eye(len(hessian), device=hessian.device)
     result = torch.empty_like(hessian)
-    for start in range(0, len(hessian), STRIP):
-        strip = slice(start, start + STRIP)
+    for strip in strips(hessian):
         torch.add(hessian[strip], hessian[:, strip].T, out=result[strip])
-    return result.div_(2 * mean)
+    result.mul_(torch.where(mean > 0, 0.5 / mean, 0.0))
+    result.diagonal().add_(torch.where(mean > 0, 0.0, 1.0))
+    return result
+
+
+def strips(x: Tensor) -> list[slice]:
+    """Return slices of the rows of x whose temporaries may exist at one time."""
+    size = STRIP * (16 if x.is_cuda else 1)
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _turned(
@@ -164,20 +173,19 @@ def _loss_of(layer: QuantizedLayer, W: Tensor, H: Tensor) -> float:
     """Return the proxy loss of a layer, some outputs at a time where they do not mix."""
     if layer.grid == "trellis" or layer.transform.output.kind != "none":
         return proxy_loss(W, layer.dequantize(), H)
-    of_error = of_weight = 0.0
-    for start in range(0, len(W), STRIP):
-        rows = slice(start, start + STRIP)
+    of_error = of_weight = torch.zeros((), dtype=torch.float64, device=W.device)
+    for rows in strips(W):
         part = replace(
             layer, codes=layer.codes[rows], scales=layer.scales[rows], zeros=layer.zeros[rows]
         )
-        of_error += _quadratic(W[rows] - part.dequantize(), H)
-        of_weight += _quadratic(W[rows], H)
-    return of_error / of_weight if of_weight > 0 else 0.0
+        of_error = of_error + _quadratic(W[rows] - part.dequantize(), H)
+        of_weight = of_weight + _quadratic(W[rows], H)
+    return _ratio(of_error, of_weight)
 
 
-def _quadratic(x: Tensor, hessian: Tensor) -> float:
-    """Return tr(x H x^T)."""
-    return float((x @ hessian).mul_(x).sum(dtype=torch.float64))
+def _quadratic(x: Tensor, hessian: Tensor) -> Tensor:
+    """Return tr(x H x^T), float64 ()."""
+    return (x @ hessian).mul_(x).sum(dtype=torch.float64)
 
 
 def _rescale(W: Tensor, H: Tensor, settings: LayerSettings) -> Tensor:
@@ -185,7 +193,8 @@ def _rescale(W: Tensor, H: Tensor, settings: LayerSettings) -> Tensor:
     energy = torch.linalg.vector_norm(W, dim=0).square().clamp(min=1e-8)
     moment = H.diagonal().clamp(min=1e-8)
     scale = (energy / moment).sqrt().sqrt()
-    return stored(scale / scale.mean(), settings.scale_dtype).clamp(min=1e-4)
+    # A mean of 1 over d columns keeps it within half precision.
+    return nearest_stored(scale / scale.mean(), settings.scale_dtype).clamp(min=1e-4)
 
 
 def _check(weight: Tensor, hessian: Tensor) -> None:
@@ -197,8 +206,12 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
             f"hessian must have shape ({d}, {d}) for a weight of shape {tuple(weight.shape)}, "
             f"got {tuple(hessian.shape)}"
         )
-    for name, tensor in (("weight", weight), ("hessian", hessian)):
-        if not torch.isfinite(tensor).all():
+    finite = [torch.isfinite(tensor).all() for tensor in (weight, hessian)]
+    # One number for all, because each that is asked for stops a GPU.
+    checks = torch.stack([*finite, (hessian.diagonal() >= 0).all()])
+    wrong = int(sum(~checks[i] * 2**i for i in range(3)))
+    for name, flag in (("weight", 1), ("hessian", 2)):
+        if wrong & flag:
             raise ValueError(f"{name} must be finite, got nan or inf")
-    if (hessian.diagonal() < 0).any():
+    if wrong:
         raise ValueError("hessian must have a diagonal of at least 0, got a negative entry")

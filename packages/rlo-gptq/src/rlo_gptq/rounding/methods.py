@@ -11,7 +11,7 @@ from torch import Tensor
 from rlo_gptq.rounding.admm import bounded_feedback
 from rlo_gptq.rounding.feedback import STRIP, Factor, factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
-from rlo_gptq.rounding.grids import Grid, ScalarGrid, fit_grid
+from rlo_gptq.rounding.grids import Grid, ScalarGrid, check_scales, fit_grid
 from rlo_gptq.rounding.random_streams import random_uniforms
 from rlo_gptq.rounding.trellis import fit_trellis
 from rlo_gptq.settings import LayerSettings
@@ -24,6 +24,8 @@ _NOISE_STREAM = 64
 # each column costs some twenty calls, whose own time 2048 outputs outweigh.
 OUTPUTS = (2048, 16384)
 _REFIT_AFTER = 1e-3  # of the codes changed by a pass
+LOOKS_AFTER = 4
+"""Passes on CUDA until the host asks how many codes changed, for which the device has to stop."""
 
 
 @dataclass
@@ -42,12 +44,17 @@ def visiting_order(hessian: Tensor, settings: LayerSettings) -> Tensor:
     most left to correct it.
     """
     d = len(hessian)
-    if settings.method in ("ldlqRG", "allbal", "ldlbal_admm") or (
-        settings.method == "gptq" and settings.act_order
-    ):
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
     natural = torch.arange(d, device=hessian.device)
-    return natural.flip(0) if settings.method == "ldlq" else natural
+    if _left_to_right(settings):
+        return natural
+    if settings.method == "ldlq":
+        return natural.flip(0)
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def _left_to_right(settings: LayerSettings) -> bool:
+    act_order = settings.method == "gptq" and settings.act_order
+    return settings.method in ("nearest", "gptq") and not act_order
 
 
 def round_matrix(weight: Tensor, hessian: Tensor, settings: LayerSettings, *, seed: int) -> Rounded:
@@ -80,7 +87,8 @@ def round_in_parts(
         fit: makes a grid of another format; by default the one that `settings` describes.
     """
     order = visiting_order(hessian, settings)
-    permute_(hessian, order)
+    if not _left_to_right(settings):
+        permute_(hessian, order)
     factors = None if settings.method in ("nearest", "allbal") else factor(hessian)
     if factors is not None and settings.method == "ldlbal_admm":
         factors.feedback = torch.empty(0)  # room for the other one
@@ -90,12 +98,14 @@ def round_in_parts(
     step = outputs if _indivisible(settings) else OUTPUTS[hessian.device.type == "cuda"]
     for begin in range(0, outputs, step):
         part = slice(begin, min(begin + step, outputs))
-        W = weight(part)[order]
+        W = weight(part)
+        W = W.contiguous() if _left_to_right(settings) else W[order]
         grid, first = _first_codes(W, hessian, factors, order, settings, seed, fit)
         if part.stop == outputs:
             factors = None  # room for the greedy passes
         state = start(W, hessian, first, grid, order)
         _descend(state, grid, settings)
+        check_scales(grid, W, settings)
         codes[order, part] = state.codes.to(torch.uint8)
         grids.append(grid)
     return Rounded(codes, _joined(grids))
@@ -126,13 +136,11 @@ def _joined(grids: list[Grid]) -> Grid:
 
 def permute_(matrix: Tensor, order: Tensor) -> None:
     """Permute the rows and the columns of a square matrix in place, strip by strip."""
-    if bool((order[1:] > order[:-1]).all()):
-        return
-    for begin in range(0, len(matrix), STRIP):
-        strip = slice(begin, begin + STRIP)
+    size = STRIP * (8 if matrix.is_cuda else 1)
+    strips = [slice(begin, begin + size) for begin in range(0, len(matrix), size)]
+    for strip in strips:
         matrix[strip] = matrix[strip][:, order]
-    for begin in range(0, len(matrix), STRIP):
-        strip = slice(begin, begin + STRIP)
+    for strip in strips:
         matrix[:, strip] = matrix[:, strip][order]
 
 
@@ -158,8 +166,9 @@ def _first_codes(
         return grid, grid.round_all(W[own])[order]
     feedback, size = factors.feedback, settings.block_size
     importance = factors.diagonal[own]
-    # The grid has to fit what feedback makes of the weights, which a first rounding tells.
-    scalar = fit_grid(W[own], importance, settings)
+    # The grid has to fit what feedback makes of the weights, which a first rounding tells, to a
+    # grid that need not be the best.
+    scalar = fit_grid(W[own], importance, settings, rough=True)
     targets = round_with_feedback(W, feedback, scalar, order, block_size=size)[1][own]
     scalar = fit_grid(targets, importance, settings)
     noise = _noise(scalar, seed)[order] if settings.unbiased else None
@@ -203,20 +212,27 @@ def _descend(state: Rounding, grid: Grid, settings: LayerSettings) -> None:
             refit_scales(
                 state,
                 grid,
-                per_tensor=settings.group_size == 0,
+                group_size=settings.group_size,
                 scale_dtype=settings.scale_dtype,
             )
 
     refit()
-    since = 0
-    for _ in range(settings.passes):
+    looks = LOOKS_AFTER if state.codes.is_cuda else 1
+    stale = False
+    for done in range(1, settings.passes + 1):
         changed = greedy_pass(state, grid, block_size=settings.block_size)
-        since += changed
-        # A refit costs as much as a pass; it follows those passes that moved something.
-        if changed > state.codes.numel() * _REFIT_AFTER:
+        if done % looks and done < settings.passes:
+            # Many scales take sixty launches, one takes twenty.
+            if len(grid.scales) == 1 or done % 2 == 0:
+                refit()
+            continue
+        moved = int(changed)
+        stale = stale or moved > 0
+        # A refit of many scales costs as much as a pass; it follows those that moved something.
+        if moved > state.codes.numel() * _REFIT_AFTER:
             refit()
-            since = 0
-        if not changed:
+            stale = False
+        if not moved:
             break
-    if since:
+    if stale:
         refit()

@@ -164,10 +164,10 @@ def _multiply(step: _Blocks, x: Tensor, *, inverse: bool) -> Tensor:
 
 def _move(step: _Step, device: torch.device, dtype: torch.dtype) -> _Step:
     if isinstance(step, _Permute):
-        return _Permute(step.order.to(device))
+        return _Permute(step.order.to(device, non_blocking=True))
     if isinstance(step, _Signs):
-        return _Signs(step.signs.to(device, dtype))
-    matrix = step.matrix.to(device, dtype)
+        return _Signs(step.signs.to(device, dtype, non_blocking=True))
+    matrix = step.matrix.to(dtype).to(device, non_blocking=True)
     return _Blocks(step.before, step.size, step.after, matrix, step.start)
 
 
@@ -289,7 +289,8 @@ class Transform:
         """Put V H V^T in the place of a Hessian (d, d), strip by strip; return it."""
         if self.input.kind == "none":
             return hessian
-        strips = [slice(at, at + _STRIP) for at in range(0, len(hessian), _STRIP)]
+        size = _STRIP * (8 if hessian.is_cuda else 1)
+        strips = [slice(at, at + size) for at in range(0, len(hessian), size)]
         for strip in strips:
             hessian[strip] = self.apply_input(hessian[strip])
         for strip in strips:

@@ -115,7 +115,7 @@ def feedback_block(
     codes: Tensor,
     errors: Tensor,
     grid: ScalarGrid,
-    columns: Tensor,
+    groups: Tensor,
 ) -> None:
     """Round the columns of one block in order; fills targets, codes and errors in place.
 
@@ -126,27 +126,29 @@ def feedback_block(
         codes: (block, m), written.
         errors: (block, m), written.
         grid: where to round to.
-        columns: (block,) the number of each column.
+        groups: (block,) int32, the group of each column.
     """
     count, m = targets.shape
-    _feedback_kernel[(triton.cdiv(m, ROWS),)](
-        targets,
-        weight,
-        feedback,
-        codes,
-        errors,
-        grid.inverse,
-        grid.zeros,
-        grid.scales,
-        grid.group[columns].to(torch.int32),
-        count,
-        m,
-        feedback.stride(0),
-        grid.top,
-        COLUMNS=triton.next_power_of_2(count),
-        ROWS=ROWS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(targets):  # type: ignore[no-untyped-call]
+        _feedback_kernel[(triton.cdiv(m, ROWS),)](
+            targets,
+            weight,
+            feedback,
+            codes,
+            errors,
+            grid.inverse,
+            grid.zeros,
+            grid.scales,
+            groups,
+            count,
+            m,
+            feedback.stride(0),
+            grid.top,
+            COLUMNS=triton.next_power_of_2(count),
+            ROWS=ROWS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
 def greedy_block(
@@ -156,7 +158,7 @@ def greedy_block(
     codes: Tensor,
     moved: Tensor,
     grid: ScalarGrid,
-    columns: Tensor,
+    groups: Tensor,
     steps: Tensor,
 ) -> None:
     """Move the columns of one block in order; fills values, codes and moved in place.
@@ -168,26 +170,28 @@ def greedy_block(
         codes: (block, m), written.
         moved: (block, m), written: new values minus old.
         grid: where to round to.
-        columns: (block,) the number of each column.
+        groups: (block,) int32, the group of each column.
         steps: -1 / H_jj, (block,).
     """
     count, m = gradient.shape
-    _greedy_kernel[(triton.cdiv(m, ROWS),)](
-        gradient,
-        values,
-        hessian,
-        codes,
-        moved,
-        grid.inverse,
-        grid.zeros,
-        grid.scales,
-        grid.group[columns].to(torch.int32),
-        steps,
-        count,
-        m,
-        hessian.stride(0),
-        grid.top,
-        COLUMNS=triton.next_power_of_2(count),
-        ROWS=ROWS,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(gradient):  # type: ignore[no-untyped-call]
+        _greedy_kernel[(triton.cdiv(m, ROWS),)](
+            gradient,
+            values,
+            hessian,
+            codes,
+            moved,
+            grid.inverse,
+            grid.zeros,
+            grid.scales,
+            groups,
+            steps,
+            count,
+            m,
+            hessian.stride(0),
+            grid.top,
+            COLUMNS=triton.next_power_of_2(count),
+            ROWS=ROWS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
