@@ -92,6 +92,7 @@ def test_virtual_prompt_tokens_are_not_labels(tmp_path, hf):
     got = hf.update_of(Trainer, prompted(), rows, args, loss="rlo:k=5", linear="off")
     model, batch = prompted().train(), hf.collate(rows)
     labels = batch.pop("labels")
-    logits = model(**batch).logits[:, -labels.shape[1] :]
-    hf.rooted_mean([(logits[:, :-1], labels[:, 1:])], 5.0).backward()
+    # As stock: the last virtual token predicts the first real one, and virtual ones are no labels.
+    logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]
+    hf.rooted_mean([(logits, labels)], 5.0).backward()
     assert hf.relative_error(got, hf.gradients(model)) < 2e-6

@@ -33,8 +33,8 @@ def test_passes_default_to_what_pays(method, npasses, unbiased, passes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
-        ({"bits": 2.0}, "bits must be one of 2, 3, 4, 8, got 2.0"),
+        ({"bits": 7}, "bits must be one of 2, 3, 4, 5, 6, 8, got 7"),
+        ({"bits": 2.0}, "bits must be one of 2, 3, 4, 5, 6, 8, got 2.0"),
         ({"group_size": -2}, "group_size must be -1, 0 or positive, got -2"),
         ({"percdamp": -1.0}, "percdamp must be finite and at least 0, got -1.0"),
         ({"percdamp": float("nan")}, "percdamp must be finite and at least 0, got nan"),

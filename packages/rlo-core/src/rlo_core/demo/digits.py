@@ -274,7 +274,7 @@ def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float
 def _learnt(model: nn.Module, images: Tensor, truth: Tensor, given: Tensor) -> float:
     """Return the share of the wrong training labels that the network gives back."""
     wrong = truth != given
-    return (model(images[wrong]).argmax(1) == given[wrong]).double().mean().item()
+    return float((model(images[wrong]).argmax(1) == given[wrong]).double().mean())
 
 
 def _row(net: str, loss: str, tally: _Tally, reference: _Tally) -> dict[str, Any]:

@@ -275,7 +275,8 @@ def collate(samples: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]
     elif isinstance(images[0], torch.Tensor):
         batch = torch.stack(images)
     else:  # several augmentations of one image
-        made: tuple[torch.Tensor, torch.Tensor] = fast_collate(samples)
+        collate: Any = fast_collate  # which has no types
+        made: tuple[torch.Tensor, torch.Tensor] = collate(samples)
         return made
     return batch, torch.tensor(labels)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlo_gptq.checkpoint.hf_quantizer import RLOGPTQConfig
 from rlo_gptq.checkpoint.load import weight_bytes
-from rlo_gptq.checkpoint.validation import weight_paths
+from rlo_gptq.checkpoint.outside import outside_modules
 from rlo_gptq.formats.export import Checkpoint
 from rlo_gptq.formats.gguf.architecture import architecture_of
 from rlo_gptq.formats.gguf.blocks import pack_blocks
@@ -87,10 +87,9 @@ def write_export(folder: Path, out: Path, config: RLOGPTQConfig) -> tuple[int, i
     shapes: dict[str, tuple[int, ...]] = {}
     kinds: dict[str, BlockType] = {}
     stored: dict[str, torch.dtype] = {}
-    for path in weight_paths(folder):
-        with safe_open(path, framework="pt") as handle:
-            keys = list(handle.keys())
-            tensors = {key: handle.get_tensor(key) for key in keys}
+    outside = outside_modules(config.outside)
+    for file_name, tensors in checkpoint.shards():  # embedding and head dense
+        path, keys = folder / file_name, list(tensors)
         layers = [key.removesuffix(".scales") for key in keys if key.endswith(".scales")]
         for name in layers:
             layer = checkpoint.layer(name, tensors)
@@ -101,7 +100,10 @@ def write_export(folder: Path, out: Path, config: RLOGPTQConfig) -> tuple[int, i
             owner, _, part = key.rpartition(".")
             if owner not in kinds or part == "bias":
                 shapes[key], stored[key] = tuple(tensors[key].shape), tensors[key].dtype
-                loads[key] = partial(_dense, path, key)
+                unpacked = owner in outside
+                loads[key] = (
+                    partial(_given, tensors[key]) if unpacked else partial(_dense, path, key)
+                )
     names = {kind.name for kind in kinds.values()}
     main = next(iter(names)) if len(names) == 1 else "Q4_1"
     by_name = _by_gguf_name(checkpoint.model_config, kinds)
@@ -120,6 +122,10 @@ def _by_gguf_name(config: Mapping[str, object], kinds: Mapping[str, BlockType]) 
 
     architecture = architecture_of(config)
     return {tensor_name(architecture, f"{n}.weight"): kind.name for n, kind in kinds.items()}
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _dense(path: Path, key: str) -> Tensor:
