@@ -18,9 +18,10 @@ from rlo_gptq.settings import LayerSettings, ScaleDtype
 # Half-widths of the search, in units of the root mean square of a row (or group): Gaussian rows
 # want 1.5 at 2 bits to 2.9 at 4, and rows with outliers up to their absolute maximum.
 _NARROWEST = 0.7
-# Widths that are tried, and where the grid need not be the best. The error is ragged over widths:
-# eight, and finer steps around the best of them, lose 3 % of the loss at 4 bits.
-_CANDIDATES, _ROUGH = 24, 12
+# Widths that are tried. The error is ragged over widths: eight, and finer steps around the best of
+# them, lose 3 % of the loss at 4 bits; half as many in a first fit lose the grid of weights that
+# are on one already.
+_CANDIDATES = 24
 # Weights that are fitted at one time. A core's own cache holds those of a CPU, and the search reads
 # them a hundred times; a GPU takes all groups in one go, as long as there is room.
 _FITTED = {"cpu": 1 << 17, "cuda": 1 << 27}
@@ -166,9 +167,7 @@ def out_of_range(largest: float, dtype: ScaleDtype) -> ValueError:
     return ValueError(f"scales must fit {dtype}, got {largest:.3g}; use scale_dtype='float32'")
 
 
-def fit_grid(
-    x: Tensor, importance: Tensor, settings: LayerSettings, *, rough: bool = False
-) -> ScalarGrid:
+def fit_grid(x: Tensor, importance: Tensor, settings: LayerSettings) -> ScalarGrid:
     r"""Return the grid that minimises :math:`\sum_j h_j (x_j - Q(x_j))^2` in every row and group.
 
     Widths from narrow to the absolute maximum are tried, then the best is refined by two steps of
@@ -179,7 +178,6 @@ def fit_grid(
         x: weights (d, m), transposed.
         importance: h, (d,), at least 0.
         settings: bits, grid kind and the type of scales.
-        rough: try half as many widths, and do not refine.
 
     Returns:
         A grid whose scales and zeros are already rounded to `settings.scale_dtype`; a scale is inf
@@ -202,7 +200,7 @@ def fit_grid(
             for begin in range(0, m, outputs):
                 part = slice(begin, min(begin + outputs, m))
                 block = x[columns, part].reshape(end - g, width, -1)
-                scales[g:end, part], zeros[g:end, part] = _fit_groups(block, h, settings, rough)
+                scales[g:end, part], zeros[g:end, part] = _fit_groups(block, h, settings)
     return ScalarGrid(scales, zeros, settings.bits, column_groups(d, size, x.device))
 
 
@@ -219,13 +217,11 @@ def check_scales(grid: Grid, x: Tensor, settings: LayerSettings) -> None:
     """
     if not torch.isfinite(grid.scales).all():
         widened = replace(settings, scale_dtype="float32")
-        wanted = fit_grid(x, torch.ones_like(x[:, 0]), widened, rough=True)
+        wanted = fit_grid(x, torch.ones_like(x[:, 0]), widened)
         raise out_of_range(wanted.scales.max().item(), settings.scale_dtype)
 
 
-def _fit_groups(
-    x: Tensor, h: Tensor, settings: LayerSettings, rough: bool
-) -> tuple[Tensor, Tensor]:
+def _fit_groups(x: Tensor, h: Tensor, settings: LayerSettings) -> tuple[Tensor, Tensor]:
     """Search groups of columns, x (n, size, m) and h (n, size); return scale and zero, (n, m).
 
     Of one scale for the matrix they are (1, 1).
@@ -244,8 +240,7 @@ def _fit_groups(
         centre, widest = (low + high) / 2, (high - low) / 2
     narrowest = torch.minimum(_NARROWEST * rms, widest)
     # All widths at once, (tries, n, m), so that only what needs the weights is done for each.
-    tries = _ROUGH if rough else _CANDIDATES
-    share = torch.linspace(0, 1, tries, dtype=x.dtype, device=x.device)[:, None, None]
+    share = torch.linspace(0, 1, _CANDIDATES, dtype=x.dtype, device=x.device)[:, None, None]
     half = narrowest * (widest / narrowest.clamp(min=1e-30)) ** share
     scales = nearest_stored(half * (2 / top), settings.scale_dtype)
     zeros = _zero_of(centre, scales * (top / 2), settings)
@@ -253,8 +248,6 @@ def _fit_groups(
     errors = search.errors(scales, zeros)
     best = errors.argmin(0, keepdim=True)
     scale, zero = scales.gather(0, best)[0], zeros.gather(0, best)[0]
-    if rough:
-        return scale, zero
     error = errors.gather(0, best)
     for _ in range(2):
         fitted = nearest_stored(search.least_squares(scale, zero), settings.scale_dtype)

@@ -168,7 +168,7 @@ def _first_codes(
     importance = factors.diagonal[own]
     # The grid has to fit what feedback makes of the weights, which a first rounding tells, to a
     # grid that need not be the best.
-    scalar = fit_grid(W[own], importance, settings, rough=True)
+    scalar = fit_grid(W[own], importance, settings)
     targets = round_with_feedback(W, feedback, scalar, order, block_size=size)[1][own]
     scalar = fit_grid(targets, importance, settings)
     noise = _noise(scalar, seed)[order] if settings.unbiased else None

@@ -124,8 +124,10 @@ class Rotation:
         """Return the steps, with their tensors on `device` in `dtype`; kept for the next call."""
         key = (device, dtype)
         if key not in self._cache:
-            plan = _plan(self.kind, self.n, self.seed, self.stream, self.variant)
-            self._cache[key] = [_move(step, device, dtype) for step in plan]
+            # Tensors made in inference mode could not be used for training afterwards.
+            with torch.inference_mode(False):
+                plan = _plan(self.kind, self.n, self.seed, self.stream, self.variant)
+                self._cache[key] = [_move(step, device, dtype) for step in plan]
         return self._cache[key]
 
 
