@@ -29,6 +29,17 @@ from rlo_gptq.rounding.residual_rotation import residual_rotation
 from rlo_gptq.settings import LayerSettings
 from safetensors.torch import load_file
 
+
+@pytest.fixture(scope="session")
+def quantize_to(quantize_to):
+    """Quantize with the defaults of embedding and head."""
+
+    def quantize(*arguments, **options):
+        return quantize_to(*arguments, **{"embed_bits": None, "head_bits": None, **options})
+
+    return quantize
+
+
 IDS = torch.arange(20)[None]
 LAYER = LayerSettings(bits=4, method="gptq", incoherence="hadamard", rescale=True)
 PLAIN = LayerSettings(bits=4, method="gptq", group_size=16, integer_zero=True)
