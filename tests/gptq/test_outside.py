@@ -40,6 +40,15 @@ def quantize_to(quantize_to):
     return quantize
 
 
+@pytest.fixture(scope="session")
+def quantized(model_folder, text_file, quantize_to, tmp_path_factory):
+    """A small Llama at 3 bits with a packed embedding; not to be changed."""
+    out = tmp_path_factory.mktemp("packed-embedding") / "model"
+    layer = LayerSettings(bits=3, method="gptq", incoherence="hadamard", rescale=True)
+    quantize_to(model_folder("llama-gqa-tied"), text_file, out, layer)
+    return out
+
+
 IDS = torch.arange(20)[None]
 LAYER = LayerSettings(bits=4, method="gptq", incoherence="hadamard", rescale=True)
 PLAIN = LayerSettings(bits=4, method="gptq", group_size=16, integer_zero=True)
