@@ -195,6 +195,8 @@ def fake_gpu(*modules: ModuleType, scalar: Scalar = 1, devices: int = 1) -> Iter
             ("_maybe_exchange_device", exchange),
             ("current_device", lambda: current[0]),
             ("device_count", lambda: devices),
+            # Lightning sets a variable by which this follows device_count and a driver is asked.
+            ("is_available", lambda: False),
         ):
             stack.enter_context(_replaced(torch.cuda, name, value))
         for module in modules:

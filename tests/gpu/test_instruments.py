@@ -32,7 +32,10 @@ def test_a_trace_knows_the_most_bytes_alive():
     assert trace.peak == 8000
 
 
-def test_a_trace_sees_every_wait_for_the_device():
+@pytest.mark.parametrize("lightning_was_imported", [False, True])
+def test_a_trace_sees_every_wait_for_the_device(lightning_was_imported, monkeypatch):
+    if lightning_was_imported:
+        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with fake_gpu(scalar=0) as trace:
         a = torch.empty(8, device="cuda")
         assert not (a > 0).any()
