@@ -131,7 +131,7 @@ def test_a_foreign_loss_is_used_like_our_own() -> None:
     torch.testing.assert_close(criterion(logits, target), 4.0 * ((1 + 2 * ce).sqrt() - 1.0))
     link = link_of(criterion)
     assert link is not None
-    # Its link opens every door: smoothing, half precision, binary targets, the fused linear loss.
+    # Its link brings all forms: smoothing, half precision, binary targets, the fused linear loss.
     link_cross_entropy(logits.bfloat16(), target, link, label_smoothing=0.1).backward()
     binary = create_binary_loss("square-root")
     found = binary(torch.zeros(3), torch.ones(3))

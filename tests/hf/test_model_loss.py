@@ -43,7 +43,7 @@ def test_it_reaches_the_model_inside_peft(hf):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "bert_mlm", "bert_token", "bert_sequence"])
-def test_a_model_with_its_loss_inline_is_refused_with_the_door_to_use(hf, name):
+def test_a_model_with_its_loss_inline_is_refused_with_the_way_to_use(hf, name):
     model = hf.build(name)
     with pytest.raises(
         RLOError, match=r"computes its loss inside forward.*use rlo_hf\.Trainer\(\.\.\., loss="

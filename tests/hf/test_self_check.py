@@ -1,4 +1,4 @@
-"""The check of the first batch, at every door, and what else was silent."""
+"""The check of the first batch, at every way in, and what else was silent."""
 
 import pytest
 import torch

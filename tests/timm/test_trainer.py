@@ -399,7 +399,7 @@ def test_eval_gives_the_numbers_of_the_run_whatever_the_batch(train: Train, tmp_
         assert message in failed.output
 
 
-def test_the_python_door_returns_what_the_command_prints(tmp_path: Path) -> None:
+def test_train_called_from_python_returns_what_the_command_prints(tmp_path: Path) -> None:
     import rlo_timm
 
     settings = rlo_timm.TrainSettings(

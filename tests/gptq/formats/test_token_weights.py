@@ -1,7 +1,7 @@
 import pytest
 import torch
 from rlo_core.errors import SpecError
-from rlo_gptq.calibration.token_weights import sequence_weights, tail, weighting_link
+from rlo_gptq.calibration.token_weights import logits_from_hidden, sequence_weights, weighting_link
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -29,14 +29,14 @@ def model_and_hidden(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tail_gives_the_models_own_logits(kind) -> None:
     model, layers, hidden, _, logits = model_and_hidden(kind)
-    with tail(model, layers) as logits_of:
+    with logits_from_hidden(model, layers) as logits_of:
         assert torch.allclose(logits_of(hidden), logits, atol=1e-6)
     assert torch.equal(model(torch.tensor([[1]])).logits, model(torch.tensor([[1]])).logits)
 
 
 def test_a_token_weighs_the_slope_at_its_own_cross_entropy() -> None:
     model, layers, hidden, sequence, logits = model_and_hidden("llama")
-    with tail(model, layers) as logits_of:
+    with logits_from_hidden(model, layers) as logits_of:
         weights = sequence_weights(
             logits_of, hidden, sequence, weighting_link("rlo:k=5"), energy=False
         )
@@ -49,7 +49,7 @@ def test_a_token_weighs_the_slope_at_its_own_cross_entropy() -> None:
 def test_the_energy_is_the_squared_gradient_of_one_tokens_loss() -> None:
     model, layers, hidden, sequence, _ = model_and_hidden("llama")
     link = weighting_link("rlo-convex:k=3")
-    with tail(model, layers) as logits_of:
+    with logits_from_hidden(model, layers) as logits_of:
         weights = sequence_weights(logits_of, hidden, sequence, link, energy=True)
         leaf = hidden.clone().requires_grad_(True)
         logits = logits_of(leaf)[0, 4]
@@ -60,7 +60,7 @@ def test_the_energy_is_the_squared_gradient_of_one_tokens_loss() -> None:
 
 def test_cross_entropy_weighs_every_token_alike() -> None:
     model, layers, hidden, sequence, _ = model_and_hidden("llama")
-    with tail(model, layers) as logits_of:
+    with logits_from_hidden(model, layers) as logits_of:
         weights = sequence_weights(logits_of, hidden, sequence, weighting_link("ce"), energy=False)
     assert torch.equal(weights, torch.ones(12))
 

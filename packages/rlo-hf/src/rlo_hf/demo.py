@@ -190,7 +190,7 @@ def _model() -> nn.Module:
 def _train(
     model: nn.Module, ids: Tensor, loss: str, steps: int, learning_rate: float, advance: Any
 ) -> None:
-    """Train with the door for one's own loop, `set_loss`."""
+    """Train with `set_loss`, for one's own training loop."""
     from rlo_hf.model_loss import set_loss
 
     set_loss(model, loss)

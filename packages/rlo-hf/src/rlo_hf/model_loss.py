@@ -105,7 +105,7 @@ def set_loss(
 
     Raises:
         RLOError: the model computes its loss inline, does not have one, or has no rooted form; the
-            message names the door that works.
+            message names the way in that works.
     """
     base: Any = base_of(model)
     task = task_of(model)

@@ -1,7 +1,7 @@
 """What a host asks of a loss: its sum over kept tokens, to be divided by a count the host knows.
 
 Under gradient accumulation a mean per batch is wrong; the sum divided by the tokens of all batches
-is the mean of the one big batch. So every door goes through `Objective.total`.
+is the mean of the one big batch. So every way into this package goes through `Objective.total`.
 """
 
 from __future__ import annotations

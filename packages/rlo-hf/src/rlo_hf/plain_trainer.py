@@ -38,7 +38,7 @@ def loss_func(
         `f(outputs, labels, num_items_in_batch=None) -> loss`.
 
     Raises:
-        RLOError: on the first batch, where the door cannot be exact: encoder-decoder models, class
+        RLOError: on the first batch, where this way cannot be exact: encoder-decoder models, class
             weights, several GPUs in one process.
     """
     objective = Objective(loss)

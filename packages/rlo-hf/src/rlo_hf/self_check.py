@@ -186,7 +186,7 @@ class FirstStep(transformers.TrainerCallback):
 def watch_outputs(base: nn.Module, name: str, slot: Callable[[Any], bool]) -> None:
     """Check, once, that the gradient of a model's logits comes through the loss slot.
 
-    For doors that own no training step: at the first training forward, the first gradient that
+    For ways in that own no training step: at the first training forward, the first gradient that
     reaches the logits must have passed the loss that the slot returned.
 
     Args:

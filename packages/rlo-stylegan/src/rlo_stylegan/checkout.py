@@ -97,8 +97,8 @@ def find_checkout(path: str | os.PathLike[str]) -> Checkout:
 
 
 def _found(folder: Path) -> str:
-    there = [name for name in (SCRIPT, LOSS) if (folder / name).is_file()]
-    return " and ".join(there) if there else "neither"
+    found = [name for name in (SCRIPT, LOSS) if (folder / name).is_file()]
+    return " and ".join(found) if found else "neither"
 
 
 def parse(source: bytes, name: str) -> cst.Module:

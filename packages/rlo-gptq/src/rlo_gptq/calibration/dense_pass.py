@@ -15,7 +15,7 @@ from rlo_gptq.calibration.block_inputs import (
     record_inputs,
     run_sequences,
 )
-from rlo_gptq.calibration.token_weights import tail
+from rlo_gptq.calibration.token_weights import logits_from_hidden
 from rlo_gptq.models.layout import Layout
 from rlo_gptq.models.source import ModelSource, release, require_filled
 
@@ -91,7 +91,7 @@ def dense_outputs(
         source.load(lambda name: not name.startswith(f"{path}."))
         model.tie_weights()
         require_filled(model, except_for=(f"{path}.", *tied))
-        with tail(model, list(model.get_submodule(path).children())) as logits_of:
+        with logits_from_hidden(model, list(model.get_submodule(path).children())) as logits_of:
             yield activations, logits_of
         release(model)
     finally:

@@ -12,7 +12,7 @@ import torch
 from rlo_core.errors import RLOError
 from torch import Tensor
 
-STRIP = 192
+SUM_ROWS = 192
 """Rows of H that are updated at one time, up to their diagonal block: the products need no third
 matrix, and half of them are not computed."""
 
@@ -51,8 +51,8 @@ class HessianSum:
             self.weight += float(weights.double().sum())
             left = rows * weights[:, None]
         self.tokens += rows.shape[0]
-        for start in range(0, self.total.shape[0], STRIP):
-            stop = min(start + STRIP, self.total.shape[0])
+        for start in range(0, self.total.shape[0], SUM_ROWS):
+            stop = min(start + SUM_ROWS, self.total.shape[0])
             term = left[:, start:stop].T @ rows[:, :stop]
             total, carry = self.total[start:stop, :stop], self.carry[start:stop, :stop]
             new = total + term
@@ -86,8 +86,8 @@ class HessianSum:
 
 def symmetrize_(matrix: Tensor) -> Tensor:
     """Copy the lower triangle onto the upper one, in strips; returns the matrix."""
-    for start in range(0, matrix.shape[0], STRIP):
-        stop = min(start + STRIP, matrix.shape[0])
+    for start in range(0, matrix.shape[0], SUM_ROWS):
+        stop = min(start + SUM_ROWS, matrix.shape[0])
         matrix[start:stop, stop:] = matrix[stop:, start:stop].T
         square = matrix[start:stop, start:stop]
         square.copy_(torch.tril(square) + torch.tril(square, -1).T)

@@ -79,7 +79,7 @@ def sequence_weights(
 
 
 @contextmanager
-def tail(
+def logits_from_hidden(
     model: PreTrainedModel, blocks: Sequence[nn.Module]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield the function from the last block's output to the logits; blocks need no weights.

@@ -54,15 +54,15 @@ def quantized_parts(
     number, _, inside = prefix[len(blocks) + 1 :].partition(".")
     parent, _, last = inside.rpartition(".")
     names = [f"{parent}.{part}" if parent else part for part in packed.get(last, [last])]
-    there = [
+    present = [
         name in modules and (modules[name] is None or int(number) in modules[name])
         for name in names
     ]
-    if any(there) != all(there):
+    if any(present) != all(present):
         raise CheckpointError(
             f"layer {prefix!r} must be quantized in all of its parts, got {names}"
         )
-    return all(there)
+    return all(present)
 
 
 @register_quantization_config(METHOD)

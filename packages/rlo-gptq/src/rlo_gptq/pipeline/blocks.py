@@ -229,9 +229,9 @@ class _Run:
         for index in range(self.layout.count):
             name = self.layout.block_name(index)
             part = f"block-{index:05d}"
-            there = self.processes.broadcast({"there": self.work.has(part)}, 0)["there"]
-            self.progress.block(index, self.layout.count, "replay" if there else "quantize")
-            if there:
+            exists = self.processes.broadcast({"exists": self.work.has(part)}, 0)["exists"]
+            self.progress.block(index, self.layout.count, "replay" if exists else "quantize")
+            if exists:
                 self.resumed += 1
                 for record in self.work.records(part) if self.processes.first else []:
                     self._done(record)
@@ -240,7 +240,7 @@ class _Run:
             block = self.source.load_module(name)
             if self.layout.experts:
                 split_all_experts(block)
-            if there:
+            if exists:
                 blocks.restore(block, index, part)
             else:
                 blocks.quantize(block, index, part, calls[index], activations, mine)

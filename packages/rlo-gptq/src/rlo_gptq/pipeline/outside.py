@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlo_gptq.calibration.block_inputs import Activations
 from rlo_gptq.calibration.hessian_sum import HessianSum
-from rlo_gptq.calibration.token_weights import tail
+from rlo_gptq.calibration.token_weights import logits_from_hidden
 from rlo_gptq.models.fold_checkpoint import FoldedHead
 from rlo_gptq.models.layout import Layout
 from rlo_gptq.models.outside import Outside
@@ -135,9 +135,9 @@ class OutsideQuantizer:
     @property
     def head_waits(self) -> bool:
         """Whether the last hidden states are needed still."""
-        there = self.work.has(HEAD) if self.processes.first else False
-        there = self.processes.broadcast({"there": there}, 0)["there"]
-        return self.outside.last is not None and not there
+        exists = self.work.has(HEAD) if self.processes.first else False
+        exists = self.processes.broadcast({"exists": exists}, 0)["exists"]
+        return self.outside.last is not None and not exists
 
     def head_last(self, activations: Activations, mine: Sequence[int]) -> None:
         """Quantize the head, or the matrix it shares, against the last hidden states.
@@ -182,7 +182,7 @@ class OutsideQuantizer:
 
         handle = head.register_forward_pre_hook(hook)
         try:
-            with tail(model, list(model.get_submodule(path).children())) as logits_of:
+            with logits_from_hidden(model, list(model.get_submodule(path).children())) as logits_of:
                 for row in range(len(mine)):
                     if self.token_weights is not None:
                         current[0] = self.token_weights[row].to(self.processes.device)
@@ -232,9 +232,9 @@ class OutsideQuantizer:
         self.note(record)
 
     def _resumed(self, part: str) -> bool:
-        there = self.work.has(part) if self.processes.first else False
-        there = bool(self.processes.broadcast({"there": there}, 0)["there"])
-        if there and self.processes.first:
+        exists = self.work.has(part) if self.processes.first else False
+        exists = bool(self.processes.broadcast({"exists": exists}, 0)["exists"])
+        if exists and self.processes.first:
             for record in self.work.records(part):
                 self.note(record)
-        return there
+        return exists

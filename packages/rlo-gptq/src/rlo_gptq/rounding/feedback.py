@@ -21,7 +21,7 @@ from rlo_gptq.rounding.grids import Grid, ScalarGrid
 # Columns rounded between two matrix products inside a block. A rank-1 update of 16 rows costs as
 # much as one operator call, so that the loop over columns is bound by calls, not by memory.
 TILE = 16
-STRIP = 128  # rows of a matrix that are copied at one time where it is changed in place
+COPY_ROWS = 128  # rows of a matrix that are copied at one time where it is changed in place
 LARGEST_BLOCK = 128
 """Columns of a block on CUDA at most: with 512 the kernels' registers spill kilobytes."""
 
@@ -69,8 +69,8 @@ def reverse_(matrix: Tensor) -> Tensor:
     """Reverse rows and columns of a square matrix in place, in strips; returns the matrix."""
     d = len(matrix)
     half = d // 2
-    for start in range(0, half, STRIP):
-        stop = min(start + STRIP, half)
+    for start in range(0, half, COPY_ROWS):
+        stop = min(start + COPY_ROWS, half)
         upper, lower = matrix[start:stop], matrix[d - stop : d - start]
         kept = upper.flip(0, 1)
         upper.copy_(lower.flip(0, 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlo_gptq.rounding.feedback import LARGEST_BLOCK, STRIP, TILE, kernels_apply
+from rlo_gptq.rounding.feedback import COPY_ROWS, LARGEST_BLOCK, TILE, kernels_apply
 from rlo_gptq.rounding.grids import Grid, ScalarGrid, group_runs, inverse_of, nearest_stored
 from rlo_gptq.settings import ScaleDtype
 
@@ -67,7 +67,7 @@ class Rounding:
 def start(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, order: Tensor) -> Rounding:
     """Return the state after a first rounding; all arguments in the order of visiting."""
     values = torch.empty_like(codes)
-    strip = len(codes) if codes.is_cuda else STRIP
+    strip = len(codes) if codes.is_cuda else COPY_ROWS
     for begin in range(0, len(codes), strip):
         rows = slice(begin, begin + strip)
         values[rows] = grid.values(codes[rows], order[rows])

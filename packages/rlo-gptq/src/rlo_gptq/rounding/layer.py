@@ -15,7 +15,7 @@ from rlo_gptq.rounding.rotation import Transform
 from rlo_gptq.rounding.trellis import decode
 from rlo_gptq.settings import GridKind, LayerSettings
 
-STRIP = 256
+LOSS_ROWS = 256
 """Rows of a matrix whose temporaries exist at one time."""
 
 
@@ -121,7 +121,7 @@ def quantize_layer(
         moment.diagonal().add_(settings.percdamp * moment.diagonal().mean())
         group_size = settings.group_size
         rounded = round_in_parts(
-            _turned(W, input_scale, transform), len(W), moment, settings, seed=seed
+            _rotated_weight(W, input_scale, transform), len(W), moment, settings, seed=seed
         )
         del moment
     layer = QuantizedLayer(
@@ -151,11 +151,11 @@ def normalised(hessian: Tensor) -> Tensor:
 
 def strips(x: Tensor) -> list[slice]:
     """Return slices of the rows of x whose temporaries may exist at one time."""
-    size = STRIP * (16 if x.is_cuda else 1)
+    size = LOSS_ROWS * (16 if x.is_cuda else 1)
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
-def _turned(
+def _rotated_weight(
     W: Tensor, input_scale: Tensor | None, transform: Transform
 ) -> Callable[[slice], Tensor]:
     """Return a function from a slice of outputs to (W / i) V^T of them, transposed, (d, some)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlo_gptq.rounding.admm import bounded_feedback
-from rlo_gptq.rounding.feedback import STRIP, Factor, factor, round_with_feedback
+from rlo_gptq.rounding.feedback import COPY_ROWS, Factor, factor, round_with_feedback
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
 from rlo_gptq.rounding.grids import Grid, ScalarGrid, check_scales, fit_grid
 from rlo_gptq.rounding.random_streams import random_uniforms
@@ -136,7 +136,7 @@ def _joined(grids: list[Grid]) -> Grid:
 
 def permute_(matrix: Tensor, order: Tensor) -> None:
     """Permute the rows and the columns of a square matrix in place, strip by strip."""
-    size = STRIP * (8 if matrix.is_cuda else 1)
+    size = COPY_ROWS * (8 if matrix.is_cuda else 1)
     strips = [slice(begin, begin + size) for begin in range(0, len(matrix), size)]
     for strip in strips:
         matrix[strip] = matrix[strip][:, order]

@@ -25,7 +25,7 @@ LARGEST_DENSE_FACTOR = 512
 # butterflies of 2, and each is a matrix product.
 HADAMARD_FACTOR = 64
 
-_STRIP = 256  # rows of a matrix that are rotated at one time where it is changed in place
+_ROTATE_ROWS = 256  # rows of a matrix that are rotated at one time where it is changed in place
 
 _INPUT_STREAM, _OUTPUT_STREAM = 1, 2
 
@@ -159,8 +159,8 @@ def _multiply(step: _Blocks, x: Tensor, *, inverse: bool) -> Tensor:
         return (square @ x.reshape(-1, step.size, step.after)).reshape(rows, -1)
     # One matrix for each of the before * after slices: (slices, size, size) @ (slices, size, rows).
     sliced = x.reshape(rows, step.before, step.size, step.after).permute(1, 3, 2, 0)
-    turned = matrix @ sliced.reshape(-1, step.size, rows)
-    back = turned.reshape(step.before, step.after, step.size, rows).permute(3, 0, 2, 1)
+    rotated = matrix @ sliced.reshape(-1, step.size, rows)
+    back = rotated.reshape(step.before, step.after, step.size, rows).permute(3, 0, 2, 1)
     return back.reshape(rows, -1)
 
 
@@ -291,7 +291,7 @@ class Transform:
         """Put V H V^T in the place of a Hessian (d, d), strip by strip; return it."""
         if self.input.kind == "none":
             return hessian
-        size = _STRIP * (8 if hessian.is_cuda else 1)
+        size = _ROTATE_ROWS * (8 if hessian.is_cuda else 1)
         strips = [slice(at, at + size) for at in range(0, len(hessian), size)]
         for strip in strips:
             hessian[strip] = self.apply_input(hessian[strip])

@@ -198,8 +198,8 @@ class Loop:
 
     def _restore(self, optimizer: torch.optim.Adam) -> dict[str, Any]:
         """Go back to the state on disk; return its record, that of a beginning without one."""
-        there = self.processes.broadcast({"there": self.work.has(STATE)}, 0)["there"]
-        if not there:
+        exists = self.processes.broadcast({"exists": self.work.has(STATE)}, 0)["exists"]
+        if not exists:
             return {"step": 0, "history": [], "losses": []}
         found = load_file(self.work.part(STATE), device=str(self.processes.device))
         record: dict[str, Any] = json.loads(bytes(found["record"].tolist()))

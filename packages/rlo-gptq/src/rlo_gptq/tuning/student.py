@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlo_gptq.calibration.block_inputs import BlockCall, check_same_calls, record_inputs
-from rlo_gptq.calibration.token_weights import tail
+from rlo_gptq.calibration.token_weights import logits_from_hidden
 from rlo_gptq.checkpoint.load import load
 from rlo_gptq.checkpoint.validation import read_headers, weight_paths
 from rlo_gptq.packed.quant_linear import QuantLinear
@@ -122,7 +122,7 @@ class Student:
         if not sequences:
             return sums
         outputs = self._forward(sequences, keep=False)[-1]
-        with unpacked(self._outside()), tail(self.model, self.blocks) as logits_of:
+        with unpacked(self._outside()), logits_from_hidden(self.model, self.blocks) as logits_of:
             for row, (hidden, target) in enumerate(zip(outputs, targets, strict=True)):
                 for at in range(0, hidden.shape[1], ROWS):
                     part = slice(at, at + ROWS)
@@ -147,7 +147,7 @@ class Student:
         if not sequences:
             return total
         states = self._forward(sequences, keep=True)
-        with unpacked(self._outside()), tail(self.model, self.blocks) as logits_of:
+        with unpacked(self._outside()), logits_from_hidden(self.model, self.blocks) as logits_of:
             ways = [
                 self._through_head(logits_of, hidden, target, weight, total)
                 for hidden, target, weight in zip(states.pop(), targets, weights, strict=True)
