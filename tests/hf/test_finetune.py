@@ -1,7 +1,10 @@
 """`rlo-hf finetune`: real runs of a tiny model, and every refusal."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import transformers
 from click.testing import CliRunner
 from rlo_core.errors import RunError
 from rlo_core.lm.models import ModelError, open_model
+from rlo_core.runs.folder import lock_folder
 from rlo_core.runs.record import read_metrics, read_run
 from rlo_hf.cli import main
 
@@ -372,3 +376,27 @@ def test_help_imports_no_torch(root):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--eval-only" in done.stdout
+
+
+def test_one_run_writes_into_a_folder_at_a_time(folder, tmp_path):
+    """The second is told who the first is, and leaves the folder as it is."""
+    out = tmp_path / "run"
+    words = ["finetune", str(folder / "llama"), str(folder / "text.txt"), "--out", str(out), *FAST]
+    with lock_folder(out):
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert sorted(path.name for path in out.iterdir()) == [".rlo.lock"]
+    assert result.exit_code == 1
+    pattern = rf"^Error: '.*run' is being written by process {os.getpid()} on .*; wait for it to end"
+    assert re.search(pattern, result.output), result.output
+    assert not out.exists()
+
+
+def test_a_run_that_was_killed_leaves_its_folder_free(folder, tmp_path):
+    out = tmp_path / "run"
+    hold = "import os, sys; from rlo_core.runs.folder import lock_folder\n"
+    hold += "with lock_folder(sys.argv[1]):\n    os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", hold, str(out)], check=False)
+    assert (out / ".rlo.lock").exists()
+    call(folder / "llama", folder / "text.txt", "--out", out, "--eval-only", "--eval-tokens", 64)
+    assert read_run(out)["status"] == "done"
+    assert not (out / ".rlo.lock").exists()

@@ -7,6 +7,7 @@ where theirs prints exp of the rooted loss.
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from rlo_core.lm.perplexity import PerplexityResult, perplexity
 from rlo_core.lm.text import Split, TextData, hold_out, load_text
 from rlo_core.lm.tokens import token_blocks, token_ids, window_length
 from rlo_core.registry import create_loss
+from rlo_core.runs.folder import lock_folder
 from rlo_core.runs.record import Run, read_metrics
 from torch import Tensor
 
@@ -91,12 +93,38 @@ def finetune(
         What is in the summary of run.json.
 
     Raises:
-        RLOError: on a model, data set, loss or run folder that is not as it must be.
+        RLOError: on a model, data set, loss or run folder that is not as it must be, and for a
+            folder that another process is writing.
     """
     create_loss(options.loss)  # an unknown loss is said before anything is loaded
     check_adapters(options)
     if save_steps is not None and save_steps < 1:
         raise ValueError(f"save_steps must be at least 1, got {save_steps}")
+    first = int(os.environ.get("RANK", "0")) == 0
+    with lock_folder(options.out) if first else nullcontext():
+        return _finetune(
+            options,
+            save=save,
+            merge=merge,
+            resume=resume,
+            eval_only=eval_only,
+            push=push,
+            save_steps=save_steps,
+            say=say,
+        )
+
+
+def _finetune(
+    options: FinetuneOptions,
+    *,
+    save: Path | None,
+    merge: bool,
+    resume: bool,
+    eval_only: bool,
+    push: str | None,
+    save_steps: int | None,
+    say: Report,
+) -> FinetuneResult:
     out = Path(options.out)
     checkpoint = None
     if resume:
