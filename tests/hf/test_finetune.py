@@ -386,7 +386,7 @@ def test_one_run_writes_into_a_folder_at_a_time(folder, tmp_path):
         result = CliRunner().invoke(main, list(map(str, words)))
         assert sorted(path.name for path in out.iterdir()) == [".rlo.lock"]
     assert result.exit_code == 1
-    pattern = rf"^Error: '.*run' is being written by process {os.getpid()} on .*; wait for it to end"
+    pattern = rf"^Error: '.*run' is being written by process {os.getpid()} on .*; wait for it to e"
     assert re.search(pattern, result.output), result.output
     assert not out.exists()
 
