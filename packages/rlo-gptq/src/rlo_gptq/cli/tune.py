@@ -3,75 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rlo_gptq.cli import options as shared
+from rlo_gptq.cli.groups import GroupedCommand, filled, option
 from rlo_gptq.cli.options import both_spellings, print_plan
 from rlo_gptq.settings import EndToEndSettings
 
-_DEFAULT = EndToEndSettings()
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "steps": {"type": click.IntRange(min=1), "help": f"Steps of Adam: {_DEFAULT.steps}."},
-    "rate": {
-        "type": click.FloatRange(0, 1, min_open=True),
-        "help": f"Adam's step relative to a tensor's size: {_DEFAULT.learning_rate:g}.",
-    },
-    "batch": {"type": click.IntRange(min=1), "help": f"Sequences of a step: {_DEFAULT.batch}."},
-    "nsamples": {
-        "type": click.IntRange(min=2),
-        "help": f"Sequences, one in eight of them held out: {_DEFAULT.nsamples}.",
-    },
-    "top-k": {
-        "type": click.IntRange(min=1),
-        "help": f"Of the dense model's next tokens, the rest is one: {_DEFAULT.top_k}.",
-    },
-    "loss": {
-        "metavar": "ce|SPEC",
-        "help": "Weight tokens by the slope of a loss, e.g. rlo:k=5: ce, which is all alike.",
-    },
-    "embeddings/no-embeddings": {
-        "default": None,
-        "help": "Train embeddings and output layer too where they are stored unpacked: on.",
-    },
-}
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """Tuning the whole model."""
+
+    steps: int | None = option(
+        "--tune-steps",
+        short="--steps",
+        type=click.IntRange(min=1),
+        help=f"Steps of Adam: {EndToEndSettings.steps}.",
+    )
+    learning_rate: float | None = option(
+        "--tune-rate",
+        short="--rate",
+        type=click.FloatRange(0, 1, min_open=True),
+        help=f"Adam's step relative to a tensor's size: {EndToEndSettings.learning_rate:g}.",
+    )
+    batch: int | None = option(
+        "--tune-batch",
+        short="--batch",
+        type=click.IntRange(min=1),
+        help=f"Sequences of a step: {EndToEndSettings.batch}.",
+    )
+    nsamples: int | None = option(
+        "--tune-nsamples",
+        short="--nsamples",
+        type=click.IntRange(min=2),
+        help=f"Sequences, one in eight of them held out: {EndToEndSettings.nsamples}.",
+    )
+    top_k: int | None = option(
+        "--tune-top-k",
+        short="--top-k",
+        type=click.IntRange(min=1),
+        help=f"Of the dense model's next tokens, the rest is one: {EndToEndSettings.top_k}.",
+    )
+    loss: str | None = option(
+        "--tune-loss",
+        short="--loss",
+        metavar="ce|SPEC",
+        help="Weight tokens by the slope of a loss, e.g. rlo:k=5: ce, which is all alike.",
+    )
+    embeddings: bool | None = option(
+        "--tune-embeddings/--no-tune-embeddings",
+        short="--embeddings/--no-embeddings",
+        help="Train embeddings and output layer too where they are stored unpacked: on.",
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, by the names of `EndToEndSettings`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def settings(self, *, seqlen: int | None, seed: int) -> EndToEndSettings:
+        """Return the settings that the options say; what is not given keeps its default.
+
+        Raises:
+            click.UsageError: a value is out of its range.
+        """
+        try:
+            return replace(EndToEndSettings(seqlen=seqlen, seed=seed), **self.given())
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
 
 
-def tuning_options(*, short: bool) -> Callable[[Any], Any]:
-    """Return the options of the end-to-end stage as `--tune-NAME`, on request as `--NAME` too."""
-
-    def add(command: Any) -> Any:
-        for name, attributes in reversed(_OPTIONS.items()):
-            first, _, no = name.partition("/")
-            forms = [f"tune-{first}", f"tune_{first}".replace("-", "_")] + [first] * short
-            flags = [f"--{form}/--no-{form}" if no else f"--{form}" for form in forms]
-            parameter = f"tune_{first}".replace("-", "_")
-            command = click.option(*dict.fromkeys(flags), parameter, **attributes)(command)
-        return command
-
-    return add
-
-
-def tuning_settings(values: dict[str, Any], *, seqlen: int | None, seed: int) -> EndToEndSettings:
-    """Return the settings that the options' values say; what is None keeps its default.
-
-    Raises:
-        click.UsageError: a value is out of its range.
-    """
-    given = {name.removeprefix("tune_"): value for name, value in values.items()}
-    if "rate" in given:
-        given["learning_rate"] = given.pop("rate")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    try:
-        return EndToEndSettings(**chosen, seqlen=seqlen, seed=seed)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-
-
-@click.command("tune")
+@click.command("tune", cls=GroupedCommand)
 @click.argument("checkpoint", type=shared.existing_folder)
 @click.argument("dataset")
 @click.option(
@@ -81,7 +87,7 @@ def tuning_settings(values: dict[str, Any], *, seqlen: int | None, seed: int) ->
     help="The new checkpoint's folder, by default CHECKPOINT-tuned; the same command goes on.",
 )
 @click.option("--original", help="The dense model; by default the one CHECKPOINT was made of.")
-@tuning_options(short=True)
+@filled("end_to_end", EndToEnd, short=True)
 @click.option(
     "--seqlen",
     type=click.IntRange(min=2),
@@ -107,7 +113,7 @@ def tune(
     trust_remote_code: bool,
     dry_run: bool,
     as_json: bool,
-    **values: Any,
+    end_to_end: EndToEnd,
 ) -> None:
     """Tune CHECKPOINT, a packed model of ours, on DATASET for the original model's output.
 
@@ -115,7 +121,7 @@ def tune(
     divergence of next-token distributions, in the precision they are stored in. What is kept is the
     best on text held out. Ctrl-C keeps the best so far, and the same command goes on.
     """
-    settings = tuning_settings(values, seqlen=seqlen, seed=seed)
+    settings = end_to_end.settings(seqlen=seqlen, seed=seed)
     from rlo_gptq.tuning.run import Tuning, run_tuning
 
     tuning = Tuning(
