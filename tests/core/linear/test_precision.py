@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rlo_core import CE, DFT, Link, Rooted, RootedConvex, link_linear_cross_entropy
-from rlo_core.linear.ops import LossSum, Settings
+from rlo_core.linear.ops import LossSum
+from rlo_core.linear.settings import Settings
 from torch import Tensor
 
 LINKS = [CE(), Rooted(5.0), RootedConvex(5.0), DFT()]
@@ -73,24 +74,14 @@ def test_float16_gradients_over_1e5_tokens_are_not_flushed_to_zero(link):
     """With 1/N or the slope inside the float16 tile most entries would be below 6e-8."""
     hidden, weight, _, target = problem(100_000, 8, 64, torch.float16)
     settings = Settings(
-        *{CE: ("ce", 0.0, 0.0), DFT: ("dft", 0.0, 0.0)}.get(type(link), ()),
-        *(("rlo", 5.0, 5.0) if type(link) is Rooted else ()),
-        *(("rlo-convex", 5.0, 5.0) if type(link) is RootedConvex else ()),
-        knobs=None,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        softcap=None,
         compute=torch.float16,  # as on CUDA; a CPU computes float16 in float32
         rows=8192,
-        first_class=0,
         classes=64,
-        group="",
         hidden_grad=True,
         weight_grad=True,
-        bias_grad=False,
-    )
+    ).with_link(link)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = LossSum.apply(h, w, None, target, None, *settings)[0] / len(target)
+    loss = LossSum.apply(h, w, None, target, None, *settings.arguments())[0] / len(target)
     scale = 2.0**14  # what a gradient scaler has; without one the result itself is below float16
     found = torch.autograd.grad(loss * scale, (h, w))
     exact = [x.double().requires_grad_() for x in (hidden, weight)]

@@ -18,6 +18,7 @@ from rlo_core import (
     link_linear_cross_entropy,
 )
 from rlo_core.linear.cce import cce_rows, check_cce
+from rlo_core.linear.settings import Settings
 from torch import Tensor
 
 HIDDEN, WEIGHT, TARGET = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64)
@@ -120,7 +121,9 @@ def test_wrong_arguments_are_refused_in_words(change, kind, message):
 def test_cce_refuses_float32_and_says_what_to_do():
     message = "impl='cce' needs float16 or bfloat16, got torch.float32; use autocast or impl="
     with pytest.raises(ValueError, match=message):
-        check_cce(torch.zeros(2, 2, device="meta").as_subclass(OnCuda), None, 0.0, torch.float32)
+        check_cce(
+            torch.zeros(2, 2, device="meta").as_subclass(OnCuda), None, Settings(torch.float32, 7)
+        )
 
 
 class OnCuda(Tensor):
@@ -159,9 +162,7 @@ class Squared(Link):
 def test_without_the_package_cce_says_how_to_install_it():
     message = "impl='cce' needs the package cut-cross-entropy: pip install 'rlo-core[cce]'"
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
-        cce_rows(
-            HIDDEN, WEIGHT, TARGET, CE(), ignore_index=-100, softcap=None, compute=torch.bfloat16
-        )
+        cce_rows(HIDDEN, WEIGHT, TARGET, CE(), Settings(torch.bfloat16, 7))
 
 
 def test_cce_puts_the_link_on_top_and_filters_only_where_the_slope_is_bounded(
@@ -176,8 +177,8 @@ def test_cce_puts_the_link_on_top_and_filters_only_where_the_slope_is_bounded(
     weight, target = torch.randn(7, 4), torch.randint(7, (9,))
     target[2] = -100
     for link in (CE(), Rooted(3.0), RootedConvex(3.0), Squared()):
-        options: dict[str, Any] = {"ignore_index": -100, "softcap": 4.0}
-        found = cce_rows(hidden, weight, target, link, **options, compute=torch.bfloat16)
+        settings = Settings(torch.bfloat16, 7, softcap=4.0)
+        found = cce_rows(hidden, weight, target, link, settings)
         expected = link_linear_cross_entropy(
             hidden.bfloat16(),
             weight.bfloat16(),

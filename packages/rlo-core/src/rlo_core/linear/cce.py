@@ -9,26 +9,27 @@ from torch import Tensor
 
 from rlo_core._cross_entropy import apply_link
 from rlo_core.linear.link_codes import is_built_in
+from rlo_core.linear.settings import Settings
 from rlo_core.links import Link, RootedConvex
 
 HOW_TO_INSTALL = "pip install 'rlo-core[cce]'"
 
 
-def check_cce(
-    hidden: Tensor, bias: Tensor | None, label_smoothing: float, compute: torch.dtype
-) -> None:
+def check_cce(hidden: Tensor, bias: Tensor | None, settings: Settings) -> None:
     """Raise ValueError or ImportError where cut-cross-entropy cannot do what was asked."""
     if bias is not None:
         raise ValueError("impl='cce' takes no bias; use impl='chunked'")
-    if label_smoothing > 0.0:
+    if settings.label_smoothing > 0.0:
         raise ValueError(
-            f"impl='cce' takes no label_smoothing, got {label_smoothing}; use impl='chunked'"
+            f"impl='cce' takes no label_smoothing, got {settings.label_smoothing}; "
+            "use impl='chunked'"
         )
     if hidden.device.type != "cuda":
         raise ValueError(f"impl='cce' needs a CUDA device, got {hidden.device}; use impl='chunked'")
-    if compute not in (torch.float16, torch.bfloat16):
+    if settings.compute not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"impl='cce' needs float16 or bfloat16, got {compute}; use autocast or impl='chunked'"
+            f"impl='cce' needs float16 or bfloat16, got {settings.compute}; use autocast or "
+            "impl='chunked'"
         )
 
 
@@ -43,14 +44,7 @@ def filter_eps(link: Link) -> str | None:
 
 
 def cce_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    link: Link,
-    *,
-    ignore_index: int,
-    softcap: float | None,
-    compute: torch.dtype,
+    hidden: Tensor, weight: Tensor, target: Tensor, link: Link, settings: Settings
 ) -> Tensor:
     """Return the loss of each token, (N), float32.
 
@@ -64,11 +58,11 @@ def cce_rows(
             f"impl='cce' needs the package cut-cross-entropy: {HOW_TO_INSTALL}"
         ) from error
     ce = linear_cross_entropy(
-        hidden.to(compute),
-        weight.to(compute),
+        hidden.to(settings.compute),
+        weight.to(settings.compute),
         target,
-        ignore_index=ignore_index,
-        softcap=softcap,
+        ignore_index=settings.ignore_index,
+        softcap=settings.softcap,
         reduction="none",
         filter_eps=filter_eps(link),
     )

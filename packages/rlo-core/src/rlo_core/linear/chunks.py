@@ -15,36 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlo_core.linear.tile import Collective, rows_loss, rows_loss_spread, working_dtype
+from rlo_core.linear.settings import Settings
+from rlo_core.linear.tile import rows_loss, rows_loss_spread, working_dtype
 from rlo_core.links import Link
 
 VOCABULARY_BLOCK = 8192
 """Classes whose share of a half-precision weight gradient is formed before it joins the float32
 sum: the block is then still in the cache (90 ms a chunk, 115 for all of 32000 at once)."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the loop needs beside tensors."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    compute: torch.dtype
-    """Dtype of the matrix products and of the tile."""
-    rows: int
-    """Tokens per chunk, at most."""
-    first_class: int
-    classes: int
-    ranks: Collective | None
-    hidden_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-
-    @property
-    def any_grad(self) -> bool:
-        """Whether the tile has to become a gradient."""
-        return self.hidden_grad or self.weight_grad or self.bias_grad
 
 
 @dataclass
@@ -86,8 +63,7 @@ def run_chunks(
     bias: Tensor | None,
     target: Tensor,
     factor: Tensor | None,
-    link: Link,
-    o: Options,
+    s: Settings,
     observer: Callable[[Tensor, Tensor, Any], Tensor | None] | None = None,
 ) -> Sums:
     """Return per-token losses and the gradients of `sum(factor * loss)`.
@@ -98,13 +74,12 @@ def run_chunks(
         bias: (V) or None.
         target: int64, (N).
         factor: (N), the weight of each token in the sum; None for ones.
-        link: The map from cross entropy to loss.
-        o: The rest.
+        s: The rest.
         observer: Is given the logits of each chunk, their targets and which rows they are, before
             the gradient overwrites them; returns a factor for each of these rows, or None.
     """
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
-        return _run(hidden, weight, bias, target, factor, link, o, observer)
+        return _run(hidden, weight, bias, target, factor, s, observer)
 
 
 def _run(
@@ -113,39 +88,38 @@ def _run(
     bias: Tensor | None,
     target: Tensor,
     factor: Tensor | None,
-    link: Link,
-    o: Options,
+    s: Settings,
     observer: Callable[[Tensor, Tensor, Any], Tensor | None] | None,
 ) -> Sums:
     tokens, width = hidden.shape
-    work = working_dtype(o.compute)
-    weight = weight.to(o.compute)
-    bias = None if bias is None else bias.to(o.compute)
+    work = working_dtype(s.compute)
+    weight = weight.to(s.compute)
+    bias = None if bias is None else bias.to(s.compute)
     ignored = kept = None
     if not drops_ignored(target.device):
-        ignored = target == o.ignore_index
+        ignored = target == s.ignore_index
     else:
-        counted = target != o.ignore_index
+        counted = target != s.ignore_index
         kept = None if bool(counted.all()) else counted.nonzero().squeeze(1)
     count = tokens if kept is None else kept.numel()
+    link, ranks = s.decoded(), s.ranks
     loss = hidden.new_zeros(tokens, dtype=work)
-    scale = torch.zeros_like(loss)
-    sums = Sums(loss, scale, None, None, None)
-    if o.hidden_grad:
+    sums = Sums(loss, torch.zeros_like(loss), None, None, None)
+    if s.hidden_grad:
         make = hidden.new_empty if kept is None else hidden.new_zeros
-        sums.hidden_grad = make((tokens, width), dtype=o.compute)
-    if o.weight_grad:  # the first chunk fills it
+        sums.hidden_grad = make((tokens, width), dtype=s.compute)
+    if s.weight_grad:  # the first chunk fills it
         make = hidden.new_empty if count else hidden.new_zeros
         sums.weight_grad = make(weight.shape, dtype=work)
-    if o.bias_grad:
+    if s.bias_grad:
         sums.bias_grad = weight.new_zeros(weight.shape[0], dtype=work)
-    step = chunk_size(count, o.rows)
-    store = hidden.new_empty((min(step, count), weight.shape[0]), dtype=o.compute)
+    step = chunk_size(count, s.rows)
+    store = hidden.new_empty((min(step, count), weight.shape[0]), dtype=s.compute)
     for start in range(0, count, step):
         at: slice | Tensor = slice(start, min(start + step, count))
         if kept is not None:
             at = kept[at]
-        h, y = hidden[at].to(o.compute), target[at]
+        h, y = hidden[at].to(s.compute), target[at]
         tile = store[: h.shape[0]]
         if bias is None:
             torch.mm(h, weight.t(), out=tile)
@@ -153,54 +127,54 @@ def _run(
             torch.addmm(bias, h, weight.t(), out=tile)
         skip = None if ignored is None else ignored[at]
         gate = None if observer is None else observer(tile, y, at)
-        value, slope = _rows(tile, y, skip, link, o)
+        value, slope = _rows(tile, y, skip, link, s)
         if gate is not None:
             value, slope = value * gate, slope * gate
-        s = slope if factor is None else slope * factor[at]
+        scale = slope if factor is None else slope * factor[at]
         if skip is not None:  # where, not times: what is in an ignored row may not be finite
-            value, s = value.masked_fill(skip, 0.0), s.masked_fill(skip, 0.0)
+            value, scale = value.masked_fill(skip, 0.0), scale.masked_fill(skip, 0.0)
             h = h.masked_fill(skip.unsqueeze(1), 0.0)
-        loss[at], scale[at] = value, s
-        if o.any_grad:
-            _accumulate(sums, at, tile, h, weight, s, first=start == 0)
-    if o.ranks is not None and sums.hidden_grad is not None:
-        sums.hidden_grad = o.ranks.sum_(sums.hidden_grad)
+        sums.loss[at], sums.scale[at] = value, scale
+        if s.any_grad:
+            _accumulate(sums, at, tile, h, weight, scale, first=start == 0)
+    if ranks is not None and sums.hidden_grad is not None:
+        sums.hidden_grad = ranks.sum_(sums.hidden_grad)
     return sums
 
 
 def _rows(
-    tile: Tensor, target: Tensor, skip: Tensor | None, link: Link, o: Options
+    tile: Tensor, target: Tensor, skip: Tensor | None, link: Link, s: Settings
 ) -> tuple[Tensor, Tensor]:
     """Loss and scale of a tile, which becomes its gradient; rows to skip become zero."""
-    plain = o.label_smoothing == 0.0 and o.ranks is None
+    plain = s.label_smoothing == 0.0 and not s.group
     if plain and tile.device.type == "cuda" and tile.dtype != torch.float64 and has_triton():
         from rlo_core.linear.triton_kernels import cross_entropy_rows
 
         ce = cross_entropy_rows(
             tile,
             target,
-            ignore_index=o.ignore_index,
-            softcap=o.softcap,
-            with_gradient=o.any_grad,
+            ignore_index=s.ignore_index,
+            softcap=s.softcap,
+            with_gradient=s.any_grad,
         )
         return link.value(ce), link.slope(ce)
     if skip is not None:
         target = target.masked_fill(skip, 0)
     if plain:
-        found = rows_loss(tile, target, link, softcap=o.softcap, with_gradient=o.any_grad)
+        found = rows_loss(tile, target, link, softcap=s.softcap, with_gradient=s.any_grad)
     else:
         found = rows_loss_spread(
             tile,
             target,
             link,
-            softcap=o.softcap,
-            smoothing=o.label_smoothing,
-            first_class=o.first_class,
-            classes=o.classes,
-            ranks=o.ranks,
-            with_gradient=o.any_grad,
+            softcap=s.softcap,
+            smoothing=s.label_smoothing,
+            first_class=s.first_class,
+            classes=s.classes,
+            ranks=s.ranks,
+            with_gradient=s.any_grad,
         )
-    if skip is not None and o.any_grad:
+    if skip is not None and s.any_grad:
         tile.masked_fill_(skip.unsqueeze(1), 0.0)
     return found
 

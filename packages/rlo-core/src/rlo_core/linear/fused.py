@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,11 @@ from rlo_core._cross_entropy import apply_link
 from rlo_core.functional import IGNORE_INDEX, Reduction
 from rlo_core.linear.arguments import Impl, check_linear
 from rlo_core.linear.cce import cce_rows, check_cce
-from rlo_core.linear.link_codes import encode, is_built_in
+from rlo_core.linear.link_codes import is_built_in
 from rlo_core.linear.ops import LossRows, LossSum, linear_loss_rows, linear_loss_sum
 from rlo_core.linear.parallel import Shard, local_tensors
-from rlo_core.linear.plan import Plan, compute_dtype, plan_linear_loss
+from rlo_core.linear.plan import compute_dtype, plan_linear_loss
+from rlo_core.linear.settings import Settings
 from rlo_core.linear.tile import working_dtype
 from rlo_core.linear.torch_impl import torch_rows
 from rlo_core.links import CE, Link, Rooted
@@ -156,63 +156,36 @@ def sharded_loss(
             token_weight = F.pad(token_weight[..., 1:], (0, 1))
     shape = target.shape
     flat = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1))
-    options = (ignore_index, label_smoothing, softcap)
+    settings = Settings(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        compute=compute_dtype(hidden),
+        rows=plan.rows,
+        first_class=shard.first_class,
+        classes=shard.classes,
+        group=shard.group_name,
+    )
     if reduction == "none":
-        loss = _rows(*flat, link, plan, shard, *options)
+        loss = _rows(*flat, link, plan.impl, settings)
         loss = loss.reshape(shape)
         if token_weight is not None:
             loss = loss * token_weight.to(loss.dtype)
         return loss[..., :-1] if shift else loss
     factor, empty = None, None
+    work = working_dtype(settings.compute)
     if token_weight is not None:
-        factor = token_weight.reshape(-1).to(working_dtype(compute_dtype(hidden)))
+        factor = token_weight.reshape(-1).to(work)
         factor = factor.masked_fill(flat[3] == ignore_index, 0.0)
     if reduction == "mean":
-        factor, empty = _shares(flat[3], factor, ignore_index, working_dtype(compute_dtype(hidden)))
-    total = _total(*flat, factor, link, plan, shard, *options)
+        factor, empty = _shares(flat[3], factor, ignore_index, work)
+    total = _total(*flat, factor, link, plan.impl, settings)
     return total if empty is None else total.masked_fill(empty, torch.nan)
-
-
-def _settings(
-    link: Link,
-    hidden: Tensor,
-    plan: Plan,
-    shard: Shard,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-) -> tuple[Any, ...]:
-    name, a, b = encode(link)
-    knobs = None
-    if torch.compiler.is_compiling():
-        # A float argument of an operator is a constant of the graph: a scheduled k would compile
-        # anew at every step. As a tensor on the CPU it is not, and reading it waits for nothing.
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        knobs, a, b = torch.stack([one * a, one * b]), 0.0, 0.0
-    return (
-        name,
-        a,
-        b,
-        knobs,
-        ignore_index,
-        label_smoothing,
-        softcap,
-        compute_dtype(hidden),
-        plan.rows,
-        shard.first_class,
-        shard.classes,
-        shard.group_name,
-    )
 
 
 def _has_no_values(hidden: Tensor) -> bool:
     """Whether only shapes are followed: while compiling, and for fake and meta tensors."""
     return torch.compiler.is_compiling() or hidden.is_meta or isinstance(hidden, FakeTensor)
-
-
-def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
-    recording = torch.is_grad_enabled()
-    return tuple(recording and t is not None and t.requires_grad for t in tensors)
 
 
 def _rows(
@@ -221,42 +194,21 @@ def _rows(
     bias: Tensor | None,
     target: Tensor,
     link: Link,
-    plan: Plan,
-    shard: Shard,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
+    impl: str,
+    settings: Settings,
 ) -> Tensor:
     """The loss of each token, 0 where ignored."""
-    if plan.impl == "torch":
-        return torch_rows(
-            hidden,
-            weight,
-            bias,
-            target,
-            link,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            softcap=softcap,
-        )
-    compute = compute_dtype(hidden)
-    if plan.impl == "cce":
-        check_cce(hidden, bias, label_smoothing, compute)
-        return cce_rows(
-            hidden,
-            weight,
-            target,
-            link,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            compute=compute,
-        )
+    if impl == "torch":
+        return torch_rows(hidden, weight, bias, target, link, settings)
+    if impl == "cce":
+        check_cce(hidden, bias, settings)
+        return cce_rows(hidden, weight, target, link, settings)
     # With smoothing the link acts on every logit, so it goes into the kernel; else it is a function
     # of the kernel's ce, whatever it is.
-    inside = link if label_smoothing > 0.0 else CE()
-    settings = _settings(inside, hidden, plan, shard, ignore_index, label_smoothing, softcap)
+    inside = link if settings.label_smoothing > 0.0 else CE()
+    settings = settings.with_link(inside).with_grads(hidden, weight, bias)
     apply = linear_loss_rows if _has_no_values(hidden) else LossRows.apply
-    loss: Tensor = apply(hidden, weight, bias, target, *settings, *_needs(hidden, weight, bias))
+    loss: Tensor = apply(hidden, weight, bias, target, *settings.arguments())
     return loss if inside is link else apply_link(loss, link)
 
 
@@ -267,24 +219,17 @@ def _total(
     target: Tensor,
     factor: Tensor | None,
     link: Link,
-    plan: Plan,
-    shard: Shard,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
+    impl: str,
+    settings: Settings,
 ) -> Tensor:
     """The sum of the losses, each times its token's factor."""
     by_row = torch.compiler.is_compiling() and not is_built_in(link)
-    if plan.impl != "chunked" or by_row:
-        loss = _rows(
-            hidden, weight, bias, target, link, plan, shard, ignore_index, label_smoothing, softcap
-        )
+    if impl != "chunked" or by_row:
+        loss = _rows(hidden, weight, bias, target, link, impl, settings)
         return (loss if factor is None else loss * factor).sum()
-    settings = _settings(link, hidden, plan, shard, ignore_index, label_smoothing, softcap)
+    settings = settings.with_link(link).with_grads(hidden, weight, bias)
     apply = linear_loss_sum if _has_no_values(hidden) else LossSum.apply
-    total: Tensor = apply(
-        hidden, weight, bias, target, factor, *settings, *_needs(hidden, weight, bias)
-    )[0]
+    total: Tensor = apply(hidden, weight, bias, target, factor, *settings.arguments())[0]
     return total
 
 

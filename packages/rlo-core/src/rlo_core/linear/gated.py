@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from rlo_core.errors import SpecError
 from rlo_core.functional import IGNORE_INDEX
 from rlo_core.gates import Gate, RowStatistics, gate_factor, needs_of, top_of
 from rlo_core.linear.arguments import check_linear
-from rlo_core.linear.chunks import Options, run_chunks
+from rlo_core.linear.chunks import run_chunks
 from rlo_core.linear.ops import _once, _times_now
 from rlo_core.linear.plan import compute_dtype, plan_linear_loss
+from rlo_core.linear.settings import Settings
 from rlo_core.linear.tile import working_dtype
-from rlo_core.links import CE, Link
+from rlo_core.links import Link
 
 
 class Observer:
@@ -76,11 +76,10 @@ class _GatedSum(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         factor: Tensor | None,
-        link: Link,
         observer: Observer,
-        options: Options,
+        settings: Settings,
     ) -> Tensor:
-        sums = run_chunks(hidden, weight, bias, target, factor, link, options, observer)
+        sums = run_chunks(hidden, weight, bias, target, factor, settings, observer)
         ctx.factor_grad = factor is not None and factor.requires_grad
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.sums = sums
@@ -97,7 +96,7 @@ class _GatedSum(torch.autograd.Function):
         if sums.bias_grad is not None:
             db = _times_now(sums.bias_grad, grad, bias_dtype)
         grads = tuple(_once(g, grad) for g in (dh, dw, db))
-        return (*grads, None, sums.loss * grad if ctx.factor_grad else None, None, None, None)
+        return (*grads, None, sums.loss * grad if ctx.factor_grad else None, None, None)
 
 
 def gated_linear_cross_entropy(
@@ -182,19 +181,13 @@ def gated_linear_cross_entropy(
     )
     compute = compute_dtype(hidden)
     work = working_dtype(compute)
-    recording = torch.is_grad_enabled()
-    options = Options(
+    settings = Settings(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         softcap=softcap,
         compute=compute,
         rows=plan.rows,
-        first_class=0,
         classes=weight.shape[0],
-        ranks=None,
-        hidden_grad=recording and hidden.requires_grad,
-        weight_grad=recording and weight.requires_grad,
-        bias_grad=recording and bias is not None and bias.requires_grad,
     )
     kept = target != ignore_index
     factor = None
@@ -220,8 +213,7 @@ def gated_linear_cross_entropy(
     first = None
     if whole:
         first = observer(())
-        plain = replace(options, hidden_grad=False, weight_grad=False, bias_grad=False)
-        run_chunks(hidden, weight, bias, target, None, CE(), plain, first)
+        run_chunks(hidden, weight, bias, target, None, settings, first)
         rows = first.rows()
         chosen = _of_kept(rows, kept)
         share = torch.zeros_like(rows.ce)
@@ -229,7 +221,8 @@ def gated_linear_cross_entropy(
         factor = share if factor is None else factor * share
         target = target.masked_fill(share == 0, ignore_index)
     second = observer(single)
-    total: Tensor = _GatedSum.apply(hidden, weight, bias, target, factor, link, second, options)
+    settings = settings.with_link(link).with_grads(hidden, weight, bias)
+    total: Tensor = _GatedSum.apply(hidden, weight, bias, target, factor, second, settings)
     if reduction == "mean":
         total = total / count.where(count != 0, 1)
     return total, (first or second).rows()

@@ -4,73 +4,22 @@
 backward pass, where the weight of each token becomes known. Both exist twice over the same code: as
 an autograd function, and as an operator of torch's dispatcher that torch.compile keeps whole. An
 eager call does not go through the operator, because its first call imports torch._dynamo (5 s).
-
-An operator takes tensors, numbers and strings only: `Settings` is what follows the tensors, in the
-order of the schema.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rlo_core.linear.chunks import Options, run_chunks
-from rlo_core.linear.link_codes import decode
-from rlo_core.linear.parallel import ranks_of
+from rlo_core.linear.chunks import run_chunks
+from rlo_core.linear.settings import NAMES, SCHEMA, Settings
 from rlo_core.linear.tile import working_dtype
-from rlo_core.links import Link
 
 TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
-SCHEMA = (
-    "str link, float a, float b, Tensor? knobs, int ignore_index, float label_smoothing, "
-    "float? softcap, ScalarType compute, int rows, int first_class, int classes, str group, "
-    "bool hidden_grad, bool weight_grad, bool bias_grad"
-)
 ONCE = "a fused loss can be differentiated only once; pass impl='torch' for a second derivative"
-
-
-class Settings(NamedTuple):
-    """`SCHEMA` as a tuple; the last three say which gradients will be asked for."""
-
-    link: str
-    a: float
-    b: float
-    knobs: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    compute: torch.dtype
-    rows: int
-    first_class: int
-    classes: int
-    group: str
-    hidden_grad: bool
-    weight_grad: bool
-    bias_grad: bool
-
-    def decoded(self) -> Link:
-        """Return the link."""
-        a, b = (self.a, self.b) if self.knobs is None else self.knobs.tolist()
-        return decode(self.link, a, b)
-
-    def options(self, *, with_gradient: bool) -> Options:
-        """Return what the chunk loop needs."""
-        return Options(
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            softcap=self.softcap,
-            compute=self.compute,
-            rows=self.rows,
-            first_class=self.first_class,
-            classes=self.classes,
-            ranks=ranks_of(self.group),
-            hidden_grad=self.hidden_grad and with_gradient,
-            weight_grad=self.weight_grad and with_gradient,
-            bias_grad=self.bias_grad and with_gradient,
-        )
 
 
 class _Once(torch.autograd.Function):
@@ -128,9 +77,7 @@ def sum_forward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return sum(factor * loss), the losses, and what the backward pass multiplies out."""
-    s = Settings(*settings)
-    options = s.options(with_gradient=True)
-    sums = run_chunks(hidden, weight, bias, target, factor, s.decoded(), options)
+    sums = run_chunks(hidden, weight, bias, target, factor, Settings.of(settings))
     total = sums.loss.sum() if factor is None else torch.dot(sums.loss, factor)
     return (
         total,
@@ -144,7 +91,7 @@ def sum_forward(
 
 def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, _, factor = inputs[:5]
-    ctx.settings = Settings(*inputs[5:])
+    ctx.settings = Settings.of(inputs[5:])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.factor_grad = factor is not None and factor.requires_grad
     ctx.set_materialize_grads(False)  # else zeros of the weight's size for an unused output
@@ -164,7 +111,7 @@ def _sum_backward(
     if s.bias_grad:
         db = times(bias_sum, grad, ctx.bias_dtype)
     grads = (_once(g, hidden, weight) for g in (dh, dw, db))
-    return (*grads, None, loss * grad if ctx.factor_grad else None, *(None,) * len(s))
+    return (*grads, None, loss * grad if ctx.factor_grad else None, *(None,) * len(NAMES))
 
 
 class LossSum(torch.autograd.Function):
@@ -193,7 +140,7 @@ def _(
     factor: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, ...]:
-    s = Settings(*settings)
+    s = Settings.of(settings)
     work = working_dtype(s.compute)
     return (
         hidden.new_empty((), dtype=work),
@@ -209,9 +156,8 @@ def rows_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
 ) -> Tensor:
     """Return the loss of each token, (N)."""
-    s = Settings(*settings)
-    options = s.options(with_gradient=False)
-    return run_chunks(hidden, weight, bias, target, None, s.decoded(), options).loss
+    s = Settings.of(settings).without_grads()
+    return run_chunks(hidden, weight, bias, target, None, s).loss
 
 
 def rows_backward(
@@ -223,9 +169,7 @@ def rows_backward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of sum(grad * loss) by hidden, weight, bias; empty where not needed."""
-    s = Settings(*settings)
-    options = s.options(with_gradient=True)
-    sums = run_chunks(hidden, weight, bias, target, grad, s.decoded(), options)
+    sums = run_chunks(hidden, weight, bias, target, grad, Settings.of(settings))
     dh = dw = db = None
     if sums.hidden_grad is not None:
         dh = _times_now(sums.hidden_grad, sums.scale.unsqueeze(1), hidden.dtype)
@@ -237,7 +181,7 @@ def rows_backward(
 
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.settings = s = Settings(*inputs[4:])
+    ctx.settings = s = Settings.of(inputs[4:])
     if s.knobs is None:
         ctx.link = s.decoded()  # a link of the user's own has to outlive the graph
     ctx.save_for_backward(*inputs[:4])
@@ -246,12 +190,12 @@ def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _rows_backward(ctx: Any, grad: Tensor, run: Any = rows_backward) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, target = ctx.saved_tensors
     s: Settings = ctx.settings
-    found = run(grad.contiguous(), hidden, weight, bias, target, *s)
+    found = run(grad.contiguous(), hidden, weight, bias, target, *s.arguments())
     needs = (s.hidden_grad, s.weight_grad, s.bias_grad)
     grads = (
         _once(g, hidden, weight) if need else None for g, need in zip(found, needs, strict=True)
     )
-    return (*grads, None, *(None,) * len(s))
+    return (*grads, None, *(None,) * len(NAMES))
 
 
 class LossRows(torch.autograd.Function):
@@ -284,7 +228,7 @@ linear_loss_rows.register_autograd(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
 ) -> Tensor:
-    return hidden.new_empty(target.shape, dtype=working_dtype(Settings(*settings).compute))
+    return hidden.new_empty(target.shape, dtype=working_dtype(Settings.of(settings).compute))
 
 
 @linear_loss_rows_backward.register_fake
@@ -296,7 +240,7 @@ def _(
     target: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    s = Settings(*settings)
+    s = Settings.of(settings)
     return (
         hidden.new_empty(hidden.shape if s.hidden_grad else 0),
         weight.new_empty(weight.shape if s.weight_grad else 0),

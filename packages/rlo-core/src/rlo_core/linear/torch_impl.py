@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlo_core.functional import link_cross_entropy
+from rlo_core.linear.settings import Settings
 from rlo_core.links import Link
 
 
@@ -16,13 +17,11 @@ def torch_rows(
     bias: Tensor | None,
     target: Tensor,
     link: Link,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
+    settings: Settings,
 ) -> Tensor:
     """Return the loss of each token, (N), float32 or wider."""
     logits = F.linear(hidden, weight, bias)
+    softcap = settings.softcap
     if softcap is not None:
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         logits = torch.tanh(wide / softcap) * softcap
@@ -30,7 +29,7 @@ def torch_rows(
         logits,
         target,
         link,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+        ignore_index=settings.ignore_index,
+        label_smoothing=settings.label_smoothing,
         reduction="none",
     )
