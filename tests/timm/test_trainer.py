@@ -264,7 +264,7 @@ def test_resuming_anneals_to_the_new_end_and_another_loss_warns(
     wrong = train("--resume", str(out), "--epochs", "5", "--net", "test_vit", code=1).output
     assert "was trained with net='test_resnet', got 'test_vit'" in wrong
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlo_timm.trainer.fit.load_data", _no_data)
+        patch.setattr("rlo_timm.trainer.build.load_data", _no_data)
         train("--resume", str(out), "--epochs", "5", code=1)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     # Killed after an epoch was written and before it was saved: it is there once in the end.

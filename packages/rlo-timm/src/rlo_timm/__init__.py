@@ -12,14 +12,15 @@ from rlo_timm.trainer.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rlo_timm.trainer.evaluate import EvalResult, evaluate
-    from rlo_timm.trainer.fit import TrainResult, train
+    from rlo_timm.trainer.finish import TrainResult
+    from rlo_timm.trainer.fit import train
 
 __version__ = "0.1.0"
 __all__ = ["EvalResult", "TrainResult", "TrainSettings", "evaluate", "train"]
 
 _HOME = {
     "EvalResult": "rlo_timm.trainer.evaluate",
-    "TrainResult": "rlo_timm.trainer.fit",
+    "TrainResult": "rlo_timm.trainer.finish",
     "evaluate": "rlo_timm.trainer.evaluate",
     "train": "rlo_timm.trainer.fit",
 }

@@ -91,19 +91,18 @@ def train(
     given |= {key: value for key, value in options.items() if value is not None}
     base: dict[str, Any] = {}
     if resume is not None:
-        from rlo_timm.trainer.fit import check_resumed, resumable
+        from rlo_timm.trainer.resuming import check_resumed, keep_loss, resumable
 
         old = resumable(resume)
         base = old.settings.to_dict()
     if config is not None:
-        base |= _read_config(config)
-    if {"loss", "k", "m", "loss_schedule"} & set(given) and resume is not None:
-        # The saved loss has its k, m and schedule in it: another loss comes whole.
-        base |= {"k": None, "m": None, "loss_schedule": None}
-        if "loss" not in given:
-            given["loss"] = base["loss"].partition(":")[0]
+        given = _read_config(config) | given
     source = "options" if config is None else str(config)
+    if resume is not None:
+        base |= {"k": None, "m": None, "loss_schedule": None}
     settings = TrainSettings.from_mapping({**base, **given}, source=source)
+    if resume is not None:
+        settings = keep_loss(old.settings, settings, given)
     if print_config:
         import yaml
 

@@ -133,12 +133,12 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "status": "running",
         }
-        write_json(run.folder / RUN_FILE, run._document)
         metrics = run.folder / METRICS_FILE
-        if resume and metrics.exists():
+        if resume and metrics.exists():  # first: where they cannot be read, the run is left alone
             _cut_metrics(run.folder, known or {})
         else:
             metrics.write_bytes(b"")
+        write_json(run.folder / RUN_FILE, run._document)
         return run
 
     def log(self, **record: Any) -> None:

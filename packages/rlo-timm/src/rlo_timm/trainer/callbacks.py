@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
-from rlo_core.files import write_text
+from rlo_core.files import atomic_path, write_text
 from rlo_core.runs.record import Run, read_metrics
 
 from rlo_timm.trainer.loaders import Loaders
@@ -105,15 +104,14 @@ class Savers(Checkpoint):
         acc1 = pl_module.measured["val"]["acc1"]
         better = acc1 > self.best
         self.best = max(self.best, acc1)
-        temporary = self.folder / ".last.tmp"
-        trainer.save_checkpoint(temporary)
         if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.folder / "last.ckpt")  # takes part; the first one writes
             return
-        if better:
-            copy = self.folder / ".best.tmp"
-            shutil.copyfile(temporary, copy)
-            os.replace(copy, self.folder / "best.ckpt")
-        os.replace(temporary, self.folder / "last.ckpt")
+        with atomic_path(self.folder / "last.ckpt") as temporary:
+            trainer.save_checkpoint(temporary)
+            if better:
+                with atomic_path(self.folder / "best.ckpt") as copy:
+                    shutil.copyfile(temporary, copy)
 
 
 def write_csv(folder: Path) -> None:
