@@ -69,6 +69,7 @@ def test_a_second_writer_is_refused_in_one_line_that_names_the_first(
     assert not (out / LOCK_FILE).exists()
 
 
+@pytest.mark.slow
 def test_the_folder_is_held_while_training_and_a_killed_run_leaves_no_lock(
     train: Train, tmp_path: Path
 ) -> None:
