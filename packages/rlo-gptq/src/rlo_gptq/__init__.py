@@ -1,7 +1,8 @@
 """A QuIP/GPTQ quantizer with real packed checkpoints.
 
-Importing this package is cheap and registers the checkpoint format: at once if transformers'
-quantizers are imported already, else at the moment they are.
+`quantize` and `evaluate` are what the commands call; `load` opens what they make. Importing this
+package is cheap and registers the checkpoint format: at once if transformers' quantizers are
+imported already, else at the moment they are.
 """
 
 from __future__ import annotations
@@ -17,10 +18,41 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from rlo_gptq.jobs import EvalResult, QuantizeResult, evaluate, quantize
+    from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
+
 __version__ = "0.1.0"
-__all__ = ["load", "loftq_init"]
+__all__ = [
+    "EndToEndSettings",
+    "EvalResult",
+    "LayerSettings",
+    "QuantizeResult",
+    "TuneSettings",
+    "evaluate",
+    "load",
+    "loftq_init",
+    "quantize",
+]
+
+_HOME = {
+    "EndToEndSettings": "rlo_gptq.settings",
+    "EvalResult": "rlo_gptq.jobs",
+    "LayerSettings": "rlo_gptq.settings",
+    "QuantizeResult": "rlo_gptq.jobs",
+    "TuneSettings": "rlo_gptq.settings",
+    "evaluate": "rlo_gptq.jobs",
+    "quantize": "rlo_gptq.jobs",
+}
 
 register_when_needed()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
 
 
 def load(

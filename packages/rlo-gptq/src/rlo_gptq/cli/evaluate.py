@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlo_core.cli.groups import format_table
 
 from rlo_gptq.cli import options as shared
 from rlo_gptq.cli.options import MB, both_spellings
+from rlo_gptq.jobs import evaluate as measure
 
 _dtype = shared.dtype("Of weights that are not packed, and of activations.")
 _context = click.option(
@@ -67,7 +69,6 @@ def evaluate(
         raise click.UsageError("give a DATASET, or --tasks")
     from rlo_gptq.evaluation.compare import original_of
     from rlo_gptq.evaluation.open_model import check_model
-    from rlo_gptq.evaluation.perplexity import evaluate_perplexity
     from rlo_gptq.evaluation.tasks import check_lm_eval, evaluate_tasks
 
     document: dict[str, Any] = {"model": model}
@@ -80,15 +81,17 @@ def evaluate(
         for _, name in names:  # the last one before hours go into the first
             check_model(name)
         for prefix, name in names:
-            result = evaluate_perplexity(
-                name,
-                dataset,
-                context=context,
-                max_tokens=max_tokens,
-                device=device,
-                dtype=dtype,
-                split=split,
-                progress=_show if sys.stderr.isatty() else None,
+            result = asdict(
+                measure(
+                    name,
+                    dataset,
+                    context=context,
+                    max_tokens=max_tokens,
+                    device=device,
+                    dtype=dtype,
+                    split=split,
+                    progress=_show if sys.stderr.isatty() else None,
+                )
             )
             document |= {f"{prefix}{key}": value for key, value in result.items()}
     if tasks is not None:
