@@ -184,10 +184,11 @@ def epoch(settings: TrainSettings, number: int, workers: int = 0) -> list[torch.
 
 def test_augmentation_depends_on_seed_and_epoch_and_not_on_workers_or_what_was_drawn() -> None:
     settings = TrainSettings(dataset="digits", train_limit=20, aa="rand-m5-n1-mstd0.5")
-    before = torch.get_rng_state(), random.getstate()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
     first = epoch(settings, 0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+    assert (before[2] == np.random.get_state()[1]).all()
     torch.manual_seed(9)
     again, other, worker = epoch(settings, 0), epoch(settings, 1), epoch(settings, 0, workers=2)
     assert [len(batch) for batch in first] == [8, 8, 4]
