@@ -9,7 +9,7 @@ import rlo_gptq
 from click.testing import CliRunner
 from rlo_core.errors import RLOError
 from rlo_gptq.cli.main import main
-from rlo_gptq.models.shards import file_digests
+from rlo_gptq.models.digests import file_digests
 
 
 def test_quantize_and_evaluate_give_what_the_commands_give(model_folder, text_file, tmp_path):

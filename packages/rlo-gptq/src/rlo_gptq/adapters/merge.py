@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from rlo_gptq.adapters.loftq import AdapterError, adapted_layers
 from rlo_gptq.checkpoint.hf_quantizer import METHOD
 from rlo_gptq.checkpoint.load import read_quantization, weight_files
+from rlo_gptq.models.digests import file_digests
 from rlo_gptq.models.experts import SplitExperts
-from rlo_gptq.models.shards import ShardWriter, file_digests, new_folder
+from rlo_gptq.models.shards import ShardWriter, new_folder
 from rlo_gptq.options import Options
 from rlo_gptq.packed.packed_weight import PackedWeight
 from rlo_gptq.packed.tied_head import TiedHead

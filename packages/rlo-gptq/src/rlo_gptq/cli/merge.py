@@ -97,12 +97,13 @@ def merge_adapter(
 
     from rlo_gptq.adapters.merge import packed_base, quantize_options, write_merged
     from rlo_gptq.pipeline.processes import join_processes
-    from rlo_gptq.pipeline.work_folder import discard_unless_begun
+    from rlo_gptq.pipeline.work_folder import discard_unless_begun, refuse_writer
 
     options = quantize_options(packed_base(adapter), dataset, changes=changes, tune=tune)
     with join_processes(device) as processes:
         dense = folder.with_name(f".{folder.name}.merged")
         if processes.first:
+            refuse_writer(folder)
             write_merged(adapter, dense)
         processes.wait()
         options = replace(options, model=str(dense), offload=offload)

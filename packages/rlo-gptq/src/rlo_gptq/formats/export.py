@@ -34,7 +34,8 @@ from rlo_gptq.formats.gptq import (
     is_symmetric,
     pack_layer,
 )
-from rlo_gptq.models.shards import ShardWriter, file_digests, new_folder
+from rlo_gptq.models.digests import file_digests
+from rlo_gptq.models.shards import ShardWriter, new_folder
 from rlo_gptq.packed.packing import unpack_codes
 from rlo_gptq.rounding.grids import column_groups, symmetric_zero
 

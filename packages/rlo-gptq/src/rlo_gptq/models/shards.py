@@ -6,7 +6,6 @@ is one layout: one `model.safetensors`, or several files and `model.safetensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -146,18 +145,6 @@ def new_folder(out: Path, error: Callable[[str], RLOError]) -> Iterator[Path]:
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name."""
-    found = {}
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as handle:
-            while piece := handle.read(_PIECE):
-                digest.update(piece)
-        found[file.name] = digest.hexdigest()
-    return found
 
 
 def tensor_names(file: Path) -> list[str]:

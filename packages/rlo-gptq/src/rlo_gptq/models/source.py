@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from rlo_gptq.models.digests import cache_folder, kept_digest
 from rlo_gptq.models.stored_types import gguf_types, read_stored_types, write_stored_types
 
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -114,7 +115,7 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
     """Turn a GGUF file into a safetensors folder, once; the whole model passes through memory."""
     stat = file.stat()
     tag = hashlib.sha256(f"2:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
-    root = cache if cache is not None else Path.home() / ".cache" / "rlo-gptq"
+    root = cache if cache is not None else cache_folder()
     folder = root / f"{file.stem}-{tag.hexdigest()[:12]}"
     if (folder / "config.json").is_file():
         return folder
@@ -252,19 +253,14 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with the configuration or the weights.
 
-        Names, shapes and types of all tensors, and 64 spans of 4 KiB of each file.
+        It is of all bytes of the weight files; where they lie does not matter.
         """
-        digest = hashlib.sha256(
-            json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode()
-        )
+        config = self.config.to_dict()
+        config.pop("_name_or_path", None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         files, _ = self._files()
         for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as handle:
-                for step in range(64):
-                    handle.seek(size * step // 64)
-                    digest.update(handle.read(4096))
+            digest.update(f"{file.name}:{kept_digest(file)}".encode())
         return digest.hexdigest()[:16]
 
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ def quantize_model(
     progress: Progress,
     on_start: Callable[[Plan, WorkFolder, dict[str, Any]], None] | None = None,
     finish: Callable[[WorkFolder, ModelSource, Plan], None],
+    report: Callable[[Result, Plan], None] | None = None,
 ) -> Result:
     """Quantize a model into `folder`, or go on with what was begun there.
 
@@ -92,6 +93,7 @@ def quantize_model(
         progress: Is told of every layer.
         on_start: Called by the first process, with the plan, the folder and the data's description.
         finish: Called by the first process when all blocks are on disk, to make the checkpoint.
+        report: Called by it afterwards; the folder counts as done when this has returned.
 
     Raises:
         RLOError: the model, the data or the folder is refused.
@@ -145,12 +147,18 @@ def quantize_model(
         if not done:
             with torch.no_grad():
                 run.all_blocks(sequences)
-            if processes.first:
-                finish(work, source, plan)
-        processes.wait()
-        return Result(
+        result = Result(
             run.records, run.outside_records, run.tuned, run.resumed, plan.layout, plan.seqlen, data
         )
+        if done and processes.first:
+            work.clean()
+        elif processes.first:
+            finish(work, source, plan)
+            if report is not None:
+                report(result, plan)
+            work.finish()  # last: a run killed before this makes its files again from its parts
+        processes.wait()
+        return result
     finally:
         source.close()
         if processes.first:

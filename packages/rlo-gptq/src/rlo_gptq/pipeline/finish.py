@@ -41,7 +41,7 @@ def write_checkpoint(
     base: str,
     dataset: str,
 ) -> None:
-    """Make the checkpoint of the finished parts; the folder counts as done when this returns.
+    """Make the checkpoint of the finished parts, which stay until the run's report is written.
 
     Args:
         work: With all parts.
@@ -81,4 +81,3 @@ def write_checkpoint(
     )
     write_text(folder / "README.md", card)
     writer.finish(config, texts=source.folder)
-    work.finish()

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from rlo_core.errors import RunError
+from rlo_core.runs.folder import lock_folder
+from rlo_core.runs.record import RUN_FILE, Run, read_run
 
 from rlo_gptq.pipeline.progress import Bar, Log
 
 if TYPE_CHECKING:
     from rlo_gptq.models.source import ModelSource
     from rlo_gptq.options import Options
+    from rlo_gptq.pipeline.blocks import Result
     from rlo_gptq.pipeline.plan import Plan
     from rlo_gptq.pipeline.progress import Progress
+    from rlo_gptq.pipeline.work_folder import WorkFolder
 
 
 def run_quantization(
@@ -35,89 +42,118 @@ def run_quantization(
 
     Returns:
         The summary; None in all processes but the first.
+
+    Raises:
+        RLOError: the model, the data or the folder is refused, or another process writes there.
     """
     if options.end_to_end is not None:
         from rlo_gptq.tuning.after_rounding import quantize_and_tune
 
         return quantize_and_tune(options, folder, device=device, progress=progress, base=base)
-    from rlo_core.runs.record import Run, read_run
     from rlo_core.runs.report import write_report
 
-    from rlo_gptq.checkpoint.load import weight_files
     from rlo_gptq.formats.gguf.finish import write_gguf
     from rlo_gptq.pipeline.blocks import quantize_model
     from rlo_gptq.pipeline.finish import write_checkpoint
     from rlo_gptq.pipeline.processes import join_processes
-    from rlo_gptq.pipeline.work_folder import WorkFolder
 
     begin = time.perf_counter()
     runs: list[Run] = []
-    plans: list[Plan] = []
-    with join_processes(device) as processes:
+    documents: list[dict[str, Any]] = []
+    named = base or options.model
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(device))
+        if processes.first:
+            stack.enter_context(lock_folder(folder))
         shown = sys.stderr.isatty() if progress is None else progress
-        bar = Bar(runs) if processes.first and shown else Log(runs)
+        bar = stack.enter_context(Bar(runs) if processes.first and shown else Log(runs))
 
         def start(plan: Plan, work: WorkFolder, data: dict[str, Any]) -> None:
-            plans.append(plan)
             if work.done:
                 return
             layer = options.layer.to_dict()
-            named = {"model": base or options.model, "dataset": options.dataset}
             runs.append(
                 Run.create(
                     folder,
                     kind="gptq quantize",
-                    options={**named, **work.decisions, "layer": layer},
+                    options={
+                        "model": named,
+                        "dataset": options.dataset,
+                        **work.decisions,
+                        "layer": layer,
+                    },
                     seed=options.seed,
                     data=data,
                 )
             )
 
         def finish(work: WorkFolder, source: ModelSource, plan: Plan) -> None:
-            named = base or options.model
             if options.gguf is not None:
                 write_gguf(work, source, plan.layout, options, base=named)
                 return
             write_checkpoint(work, source, plan, options.layer, base=named, dataset=options.dataset)
 
-        with bar:
-            result = quantize_model(
-                options,
-                folder,
-                processes,
-                progress=cast("Progress", bar),
-                on_start=start,
-                finish=finish,
-            )
+        def report(result: Result, plan: Plan) -> None:
+            seconds = round(time.perf_counter() - begin, 3)
+            document = {**_measured(result, plan, options, folder), "seconds": seconds}
+            documents.append(document)
+            columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
+            by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
+            table = [{key: record[key] for key in columns} for record in by_error]
+            runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
+            write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
+
+        quantize_model(
+            options,
+            folder,
+            processes,
+            progress=cast("Progress", bar),
+            on_start=start,
+            finish=finish,
+            report=report,
+        )
         if not processes.first:
             return None
-        if not runs:  # it was complete already
-            return {**read_run(folder)["summary"], "already_done": True}
-        worst = max(result.records, key=lambda record: float(record["proxy"]))
-        weights = [record["rows"] * record["columns"] for record in result.records]
-        document = {
-            "folder": str(folder),
-            "layers": len(result.records),
-            **({} if options.gguf is None else {"gguf": options.gguf}),
-            "bits": options.layer.bits,
-            "bits_per_weight": _bits_per_weight(result.records, plans[0], options),
-            "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
-            "worst_proxy": worst["proxy"],
-            "worst_layer": worst["layer"],
-            "bytes": sum(file.stat().st_size for file in weight_files(folder)),
-            "embedding": plans[0].outside.reasons[0],
-            "head": plans[0].outside.reasons[1],
-            "quantized_parameters": sum(weights),
-            **_tuned(result.tuned),
-            "resumed_blocks": result.resumed,
-            "seconds": round(time.perf_counter() - begin, 3),
-        }
-        columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
-        by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
-        table = [{key: record[key] for key in columns} for record in by_error]
-        runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
-        write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
-        return document
+        return documents[0] if documents else {**read_summary(folder), "already_done": True}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what a run that is complete has reported.
+
+    Raises:
+        RunError: run.json is not there, or holds no summary.
+    """
+    summary = read_run(folder).get("summary")
+    if not isinstance(summary, dict):
+        raise RunError(
+            f"{str(folder / RUN_FILE)!r} has no summary of the finished run; the model beside it "
+            "is complete"
+        )
+    return summary
+
+
+def _measured(result: Result, plan: Plan, options: Options, folder: Path) -> dict[str, Any]:
+    """Return the run's summary."""
+    from rlo_gptq.checkpoint.load import weight_files
+
+    worst = max(result.records, key=lambda record: float(record["proxy"]))
+    weights = [record["rows"] * record["columns"] for record in result.records]
+    return {
+        "folder": str(folder),
+        "layers": len(result.records),
+        **({} if options.gguf is None else {"gguf": options.gguf}),
+        "bits": options.layer.bits,
+        "bits_per_weight": _bits_per_weight(result.records, plan, options),
+        "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
+        "worst_proxy": worst["proxy"],
+        "worst_layer": worst["layer"],
+        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
+        "embedding": plan.outside.reasons[0],
+        "head": plan.outside.reasons[1],
+        "quantized_parameters": sum(weights),
+        **_tuned(result.tuned),
+        "resumed_blocks": result.resumed,
+    }
 
 
 def _bits_per_weight(records: list[dict[str, Any]], plan: Plan, options: Options) -> float:

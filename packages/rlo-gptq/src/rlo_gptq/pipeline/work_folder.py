@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from rlo_core.errors import RLOError
-from rlo_core.files import write_json
+from rlo_core.files import remove_leftovers, write_json
+from rlo_core.runs.folder import LOCK_FILE, writer_of
 from safetensors import safe_open
 from torch import Tensor
 
@@ -53,8 +54,13 @@ class WorkFolder:
             document: dict[str, Any] = json.loads((self.folder / PLAN_FILE).read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ResumeError(f"{str(self.folder / PLAN_FILE)!r} is not JSON: {error}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("decisions", {}), dict):
+            raise ResumeError(
+                f"{str(self.folder / PLAN_FILE)!r} is no plan of a quantization; choose another "
+                "--save, or delete it"
+            )
         return document
 
     def open(self) -> bool:
@@ -84,7 +90,9 @@ class WorkFolder:
         Raises:
             ResumeError: it does.
         """
-        if self.plan is None and self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.plan is not None or not self.folder.is_dir():
+            return
+        if any(path.name != LOCK_FILE for path in self.folder.iterdir()):
             raise ResumeError(
                 f"{str(self.folder)!r} is not empty and no quantization was begun there; "
                 "choose another --save"
@@ -105,12 +113,15 @@ class WorkFolder:
     def finish(self) -> None:
         """Mark the model as complete and remove the blocks' files."""
         self._write("done")
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove the blocks' files of a complete model, and what killed runs left."""
         for path in sorted((self.folder / PARTS).glob("*")):
             path.unlink()
         if (self.folder / PARTS).is_dir():
             (self.folder / PARTS).rmdir()
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
+        remove_leftovers(self.folder)
 
     def part(self, name: str) -> Path:
         """Return where the tensors of a part (a block, or "rest") are kept."""
@@ -132,7 +143,14 @@ class WorkFolder:
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return what was measured when a part was made."""
-        loaded: list[dict[str, Any]] = json.loads(self.part(name).with_suffix(".json").read_text())
+        path = self.part(name).with_suffix(".json")
+        try:
+            loaded: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ResumeError(
+                f"{str(path)!r} is damaged ({error}); delete it and the .safetensors file beside "
+                "it to have that part made again"
+            ) from error
         return loaded
 
 
@@ -140,6 +158,20 @@ def discard_unless_begun(copy: Path, folder: Path) -> None:
     """Remove a model made to be quantized into `folder`, unless a run there can go on from it."""
     if not (folder / PARTS).is_dir():
         shutil.rmtree(copy, ignore_errors=True)
+
+
+def refuse_writer(folder: Path) -> None:
+    """Refuse a folder that another process is writing right now.
+
+    Raises:
+        ResumeError: names the process.
+    """
+    writer = writer_of(folder)
+    if writer is not None:
+        raise ResumeError(
+            f"{str(folder)!r} is being written by {writer}; wait for it to end, or choose another "
+            "--save"
+        )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:

@@ -8,12 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlo_core.runs.record import read_run
-
 from rlo_gptq.calibration.token_weights import weighting_link
 from rlo_gptq.options import Options
 from rlo_gptq.pipeline.processes import join_processes
-from rlo_gptq.pipeline.run import run_quantization
+from rlo_gptq.pipeline.run import read_summary, run_quantization
 from rlo_gptq.pipeline.work_folder import ResumeError, WorkFolder
 from rlo_gptq.tuning.run import SUMMARY, Tuning, run_tuning
 
@@ -104,7 +102,7 @@ def _done(options: Options, work: WorkFolder) -> dict[str, Any]:
             f"{str(work.folder)!r} was made with other settings ({', '.join(others)}); choose "
             "another --save, or delete it"
         )
-    summary = read_run(work.folder)["summary"]
+    summary = read_summary(work.folder)
     names = [*SUMMARY, "folder"]
     return {
         **summary,

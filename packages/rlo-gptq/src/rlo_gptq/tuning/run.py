@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from rlo_core.errors import RLOError, RunError
 from rlo_core.lm.text import load_first_split
 from rlo_core.lm.tokens import token_ids
+from rlo_core.runs.folder import lock_folder
 from rlo_core.runs.record import Run, read_run
 from rlo_core.runs.report import write_report
 from torch import Tensor
@@ -23,12 +25,13 @@ from rlo_gptq.calibration.token_weights import weighting_link
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig
 from rlo_gptq.checkpoint.load import read_quantization, weight_files
 from rlo_gptq.checkpoint.validation import check_folder
+from rlo_gptq.models.digests import file_digests
 from rlo_gptq.models.layout import Layout
-from rlo_gptq.models.shards import file_digests
 from rlo_gptq.models.source import ModelSource, find_model
 from rlo_gptq.pipeline.plan import sequence_length
-from rlo_gptq.pipeline.processes import join_processes
+from rlo_gptq.pipeline.processes import Processes, join_processes
 from rlo_gptq.pipeline.progress import Bar, Log
+from rlo_gptq.pipeline.run import read_summary
 from rlo_gptq.pipeline.work_folder import PLAN_FILE, WorkFolder
 from rlo_gptq.settings import EndToEndSettings
 from rlo_gptq.tuning.finish import write_tuned
@@ -173,7 +176,7 @@ def run_tuning(
     """
     begin = time.perf_counter()
     link = weighting_link(tuning.settings.loss)  # a wrong spec is refused before anything is done
-    with join_processes(device) as processes:
+    with join_processes(device) as processes, _one_writer(out, processes):
         source = tuning.source(processes.device)
         try:
             seqlen = sequence_length(source.config, tuning.settings.seqlen)
@@ -186,7 +189,7 @@ def run_tuning(
                 processes.wait()
                 if not processes.first:
                     return None
-                return {**read_run(out)["summary"], "already_done": True}
+                return {**read_summary(out), "already_done": True}
             runs: list[Run] = []
             if processes.first:
                 options = {**asdict(tuning.settings), "folder": str(tuning.folder)}
@@ -244,6 +247,11 @@ def run_tuning(
     return document
 
 
+def _one_writer(out: Path, processes: Processes) -> AbstractContextManager[object]:
+    """Keep the folder for the first of these processes."""
+    return lock_folder(out) if processes.first else nullcontext()
+
+
 def _decisions(
     tuning: Tuning, source: ModelSource, sequences: Tensor, data: dict[str, Any]
 ) -> dict[str, Any]:
@@ -287,14 +295,12 @@ def _finish(
         "seconds": seconds,
     }
     document["bytes"] = write_tuned(tuning.folder, work.part(BEST), out, document)
-    status = "done"
-    if outcome.stopped == INTERRUPTED:
-        status = "stopped"
-    else:
-        work.finish()
+    interrupted = outcome.stopped == INTERRUPTED
     summary = {**_of_rounding(tuning.folder), **document}
-    run.finish(status=status, **summary, evaluations=outcome.history)
+    run.finish(status="stopped" if interrupted else "done", **summary, evaluations=outcome.history)
     write_report([out], out / "report.html", title=f"Tuned: {out.name}")
+    if not interrupted:
+        work.finish()
     return document
 
 

@@ -118,7 +118,7 @@ def file_name(model: str, name: str) -> str:
 def write_gguf(
     work: WorkFolder, source: ModelSource, layout: Layout, options: Options, *, base: str
 ) -> None:
-    """Make the file of the finished parts; the folder counts as done when this returns.
+    """Make the file of the finished parts, which stay until the run's report is written.
 
     Args:
         work: With all parts.
@@ -144,7 +144,6 @@ def write_gguf(
     writer = file_of(source, options.gguf, origin=gguf_origin(options.model))
     size = writer.write(path, shapes, loads, packed=packed, base=base)
     write_text(work.folder / "README.md", _card(path.name, base, options, size, writer.kinds))
-    work.finish()
 
 
 def write_dense(source: ModelSource, path: Path, *, kind: str, base: str) -> int:
