@@ -200,7 +200,8 @@ class EndToEndSettings:
         top_k: Tokens of the dense model's distribution that are kept; the rest is one event.
         loss: A loss spec by whose slope at the dense model's cross entropy tokens are weighted;
             "ce" weights all alike.
-        embeddings: Train embeddings and the output layer too, where they are stored unpacked.
+        embeddings: Train embeddings and the output layer too: the scales of packed ones, others
+            whole.
         evaluations: How often the sequences held out are looked at, and the state is saved.
         seed: Of the sequences and of their order.
 

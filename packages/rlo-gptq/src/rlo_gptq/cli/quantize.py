@@ -131,11 +131,10 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
     plan = discover(source, options, folded=folded)
     tuned: dict[str, int] = {}
     if options.end_to_end is not None:
-        from rlo_gptq.tuning.memory import plan_tuning
+        from rlo_gptq.tuning.memory import packed_config, plan_tuning
 
-        tuned = plan_tuning(
-            source, plan.layout, options.layer, options.end_to_end, offload=options.offload
-        )
+        config = packed_config(plan, options.layer)
+        tuned = plan_tuning(source, config, options.end_to_end, offload=options.offload)
     source.close()
     document = {
         **plan.summary,

@@ -58,7 +58,7 @@ class EndToEnd:
     embeddings: bool | None = option(
         "--tune-embeddings/--no-tune-embeddings",
         short="--embeddings/--no-embeddings",
-        help="Train embeddings and output layer too where they are stored unpacked: on.",
+        help="Train embeddings and output layer too, packed ones' scales: on.",
     )
 
     def given(self) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def tune(
 ) -> None:
     """Tune CHECKPOINT, a packed model of ours, on DATASET for the original model's output.
 
-    Codes stay; scales, zeros, input scales, norms, biases and embeddings are trained for the KL
-    divergence of next-token distributions, in the precision they are stored in. What is kept is the
+    Codes stay; scales, zeros, input scales, norms, biases and unpacked embeddings are trained for
+    the KL divergence of next-token distributions, in the precision they are stored in. What is kept is the
     best on text held out. Ctrl-C keeps the best so far, and the same command goes on.
     """
     settings = end_to_end.settings(seqlen=seqlen, seed=seed)

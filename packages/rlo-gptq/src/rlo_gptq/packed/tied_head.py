@@ -91,13 +91,19 @@ class TiedHead(nn.Linear):
             self.gain = gain.to(self.gain.device)
         return self
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Return :math:`Q diag(g) Q^T x` along the last axis; x itself where nothing was folded."""
-        if self.fold is None or self.gain is None or self.seed is None:
+    def turned(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Return :math:`Q diag(g) Q^T x` along the last axis; x itself where nothing was folded.
+
+        Args:
+            x: (..., width).
+            gain: g, if another than the one that is stored.
+        """
+        gain = self.gain if gain is None else gain
+        if self.fold is None or gain is None or self.seed is None:
             return x
         if self._rotation is None:
             self._rotation = residual_rotation(self.fold, self.in_features, int(self.seed.item()))
-        inner = self._rotation.apply_T(x) * self.gain.to(x.device)
+        inner = self._rotation.apply_T(x) * gain.to(x.device)
         return self._rotation.apply(inner).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 512
-"""Tokens whose logits exist at one time: 100 MB at a vocabulary of 49,152."""
+LOGITS = 1 << 24
+"""Logits that exist at one time: 64 MB, 341 tokens at a vocabulary of 49,152."""
 
 _SMALLEST = 1e-30
 """Probabilities below are taken as this, so that a logarithm stays finite."""
+
+
+def logit_rows(vocabulary: int) -> int:
+    """Return the number of tokens whose logits may exist at one time."""
+    return max(16, LOGITS // vocabulary)
 
 
 @dataclass(frozen=True)

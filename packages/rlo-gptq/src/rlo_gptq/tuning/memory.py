@@ -1,23 +1,27 @@
-"""What tuning takes, known before anything is loaded: from shapes alone."""
+"""What tuning takes, known before anything is loaded: measured on the model without its weights."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from rlo_gptq.models.layout import Layout, split_all_experts
+from rlo_gptq.checkpoint.hf_quantizer import RLOGPTQConfig, module_table, swap_linears
+from rlo_gptq.checkpoint.outside import outside_modules, swap_outside
+from rlo_gptq.models.layout import split_all_experts
 from rlo_gptq.models.source import ModelSource
-from rlo_gptq.packed.packing import packed_words
+from rlo_gptq.packed.packed_weight import PackedWeight
+from rlo_gptq.packed.tiles import TILE_ELEMENTS
 from rlo_gptq.pipeline.plan import sequence_length
-from rlo_gptq.rounding.grids import groups_of
 from rlo_gptq.settings import EndToEndSettings, LayerSettings
-from rlo_gptq.tuning.divergence import ROWS
+from rlo_gptq.tuning.divergence import logit_rows
+from rlo_gptq.tuning.trained import trained_tensors
 
-_TRAINED_BYTES = 20
-"""Of a trained number: its value as stored, what Adam moves, the gradient, two moments; float32."""
+if TYPE_CHECKING:
+    from rlo_gptq.pipeline.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class Sizes:
     Args:
         loaded: Bytes of the packed model in memory, what is not packed in float32.
         trained: Numbers that are trained.
+        training: Bytes beside the model for them: as trained, the gradient, two moments.
         block: Weights of the largest block.
-        outside: Weights outside of the blocks.
+        outside: Weights outside of the blocks, of the dense model.
         blocks: How many blocks.
         width: Of hidden states.
         inner: Inputs or outputs of the widest layer.
@@ -37,6 +42,7 @@ class Sizes:
 
     loaded: int
     trained: int
+    training: int
     block: int
     outside: int
     blocks: int
@@ -45,46 +51,64 @@ class Sizes:
     vocabulary: int
 
 
-def model_sizes(model: Any, layout: Layout, layer: LayerSettings, *, embeddings: bool) -> Sizes:
-    """Return the sizes of a model that is packed with some settings.
+def packed_config(plan: Plan, layer: LayerSettings) -> RLOGPTQConfig:
+    """Return the configuration of the checkpoint that a plan makes."""
+    layout = plan.layout
+    return RLOGPTQConfig(
+        layer.to_dict(),
+        layout.blocks,
+        module_table(layout.linears),
+        split_experts=layout.experts,
+        outside=plan.outside.to_config(),
+        bits=layout.bits_in_blocks(),
+    )
+
+
+def _unique_bytes(tensors: list[Tensor]) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def model_sizes(source: ModelSource, config: RLOGPTQConfig, *, embeddings: bool) -> Sizes:
+    """Return the sizes of a model that is packed as a configuration says.
 
     Args:
-        model: A skeleton without weights, experts split where they are packed.
-        layout: Of its blocks.
-        layer: Of its packed layers.
+        source: The dense model.
+        config: Of the packed one.
         embeddings: Whether embeddings and output layer are trained.
     """
-    packed = {name: model.get_submodule(name) for name in layout.names()}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
-    codes = {id(linear.weight) for linear in packed.values()}
-    loaded = trained = 0
-    tied = set(model.all_tied_weights_keys)  # of a skeleton without weights, not one tensor
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in codes and name not in tied:
-            loaded += 4 * parameter.numel()
-            if parameter.ndim == 1 or (embeddings and id(parameter) in tables):
-                trained += parameter.numel()
-    for linear in packed.values():
-        m, d = linear.out_features, linear.in_features
-        grid = m * groups_of(d, layer.group_size)
-        zeros = grid if not layer.sym and not layer.integer_zero else 0
-        own = grid + zeros + (d if layer.rescale else 0)
-        trained += own
-        loaded += 4 * (m * packed_words(d, layer.bits) + own)
+    model: Any = copy.deepcopy(source.model).float()
+    if config.split_experts:
+        split_all_experts(model)
+    tied = set(model.all_tied_weights_keys)
     blocks = [
         sum(p.numel() for p in block.parameters())
-        for block in model.get_submodule(layout.blocks).children()
+        for block in model.get_submodule(config.blocks).children()
     ]
+    outside = sum(p.numel() for n, p in model.named_parameters() if n not in tied) - sum(blocks)
+    swap_linears(model, config, torch.float32)
+    swap_outside(model, outside_modules(config.outside), torch.float32)
+    tied = set(model.all_tied_weights_keys)
+    held = [p for name, p in model.named_parameters() if name not in tied]
+    loaded = _unique_bytes([*held, *model.buffers()])
+    widths = [
+        max(module.rows, module.columns)
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight) and name.startswith(f"{config.blocks}.")
+    ]
+    before = {id(parameter) for parameter in model.parameters()}
+    found = trained_tensors(model, None, embeddings=embeddings)
+    # Grids are trained in a copy of their own, norms and embeddings where they are.
+    copies = [p for p in model.parameters() if id(p) not in before]
     text = model.config.get_text_config(decoder=True)
     return Sizes(
         loaded=loaded,
-        trained=trained,
+        trained=sum(part.numbers for part in found),
+        training=_unique_bytes(copies) + sum(part.training_bytes for part in found),
         block=max(blocks),
-        outside=sum(p.numel() for n, p in model.named_parameters() if n not in tied) - sum(blocks),
+        outside=outside,
         blocks=len(blocks),
         width=text.hidden_size,
-        inner=max(max(m.in_features, m.out_features) for m in packed.values()),
+        inner=max(widths),
         vocabulary=text.vocab_size,
     )
 
@@ -101,23 +125,22 @@ def tuning_memory(
         offload: Whether the dense model's hidden states are in a file.
     """
     state = 4 * seqlen * sizes.width
-    rows = min(seqlen, ROWS)
-    logits = 4 * rows * sizes.vocabulary
-    trained = _TRAINED_BYTES * sizes.trained
+    # Of some tokens: logits, their softmax, the gradient; and a tile of the head's rows.
+    logits = 4 * (4 * min(seqlen, logit_rows(sizes.vocabulary)) * sizes.vocabulary + TILE_ELEMENTS)
     # Of one sequence in one block: inputs of norms and layers and their rotated forms, twelve times
     # the width; what gate and up give, its product, its rotated form: six times the widest.
     activations = 4 * seqlen * (12 * sizes.width + 6 * sizes.inner)
     states = (sizes.blocks + 2) * settings.batch * state
-    student = sizes.loaded + trained + states + max(4 * sizes.block + activations, 4 * logits)
+    student = sizes.loaded + sizes.training + states + max(4 * sizes.block + activations, logits)
     kept = 0 if offload else settings.nsamples * state
-    teacher = kept + max(4 * sizes.block + activations, 4 * sizes.outside + 4 * logits)
+    teacher = kept + max(4 * sizes.block + activations, 4 * sizes.outside + logits)
     return {
         "packed_bytes": sizes.loaded,
         "trained_numbers": sizes.trained,
-        "trained_bytes": trained,
+        "trained_bytes": sizes.training,
         "hidden_state_bytes": states,
         "block_bytes": 4 * sizes.block + activations,
-        "logit_bytes": 4 * logits,
+        "logit_bytes": logits,
         "teacher_bytes": teacher,
         "peak_memory_bytes": max(student, teacher),
         "teacher_disk_bytes": settings.nsamples * seqlen * (8 * settings.top_k + 8),
@@ -125,27 +148,18 @@ def tuning_memory(
 
 
 def plan_tuning(
-    source: ModelSource,
-    layout: Layout,
-    layer: LayerSettings,
-    settings: EndToEndSettings,
-    *,
-    offload: bool,
+    source: ModelSource, config: RLOGPTQConfig, settings: EndToEndSettings, *, offload: bool
 ) -> dict[str, int]:
     """Return what tuning would do and take, in numbers to show; loads no weights.
 
     Args:
         source: The dense model.
-        layout: Of its blocks and packed layers.
-        layer: Of the packed layers.
+        config: Of the packed one.
         settings: Of the tuning.
         offload: Whether the dense model's hidden states are in a file.
     """
     seqlen = sequence_length(source.config, settings.seqlen)
-    skeleton = copy.deepcopy(source.model)
-    if layout.experts:
-        split_all_experts(skeleton)
-    sizes = model_sizes(skeleton, layout, layer, embeddings=settings.embeddings)
+    sizes = model_sizes(source, config, embeddings=settings.embeddings)
     return {
         "steps": settings.steps,
         "sequences": settings.nsamples,

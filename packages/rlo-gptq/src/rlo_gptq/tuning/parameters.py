@@ -43,13 +43,22 @@ class StoredParameter:
         value = parameter.detach()
         self.start = value.to(dtype).clone() if relative else None
         self.theta = torch.zeros_like(value) if relative else value.clone()
-        if relative:
-            self.unit = 1.0
-        else:
-            # Plain sums would differ between runs of other alignment; a norm is one call.
-            size = float(torch.linalg.vector_norm(value)) / max(1, value.numel()) ** 0.5
-            self.unit = unit or (size if size > 0 else 1.0)
+        self._unit = 1.0 if relative else unit
         parameter.requires_grad_(True)
+
+    @property
+    def unit(self) -> float:
+        """What a step is a part of: a number of its own, or the root mean square at the start."""
+        if self._unit is None:
+            # Plain sums would differ between runs of other alignment; a norm is one call.
+            size = float(torch.linalg.vector_norm(self.theta.detach()))
+            self._unit = size / max(1, self.theta.numel()) ** 0.5 or 1.0
+        return self._unit
+
+    @property
+    def training_bytes(self) -> int:
+        """What training takes beside the parameter: what Adam moves, gradient, two moments."""
+        return 4 * self.theta.nbytes + (0 if self.start is None else self.start.nbytes)
 
     @property
     def numbers(self) -> int:

@@ -138,8 +138,7 @@ class Tuning:
 
     def plan(self, source: ModelSource) -> dict[str, int]:
         """Return what tuning would take, in numbers to show."""
-        layer = self.config.layer_settings
-        return plan_tuning(source, self.layout(source), layer, self.settings, offload=self.offload)
+        return plan_tuning(source, self.config, self.settings, offload=self.offload)
 
     def text(self, source: ModelSource, seqlen: int) -> tuple[Tensor, int, dict[str, Any]]:
         """Return the sequences, how many are held out, and what identifies them."""

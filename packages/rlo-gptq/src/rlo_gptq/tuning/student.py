@@ -13,12 +13,9 @@ from rlo_gptq.calibration.block_inputs import BlockCall, check_same_calls, recor
 from rlo_gptq.calibration.token_weights import logits_from_hidden
 from rlo_gptq.checkpoint.load import load
 from rlo_gptq.checkpoint.validation import read_headers, weight_paths
-from rlo_gptq.packed.quant_linear import QuantLinear
-from rlo_gptq.tuning.divergence import ROWS, Target, divergence
-from rlo_gptq.tuning.layers import TunedLinear, unpacked
-from rlo_gptq.tuning.parameters import StoredParameter
-
-WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from rlo_gptq.tuning.divergence import Target, divergence, logit_rows
+from rlo_gptq.tuning.layers import TunedEmbedding, unpacked
+from rlo_gptq.tuning.trained import trained_tensors
 
 
 class Student:
@@ -32,7 +29,7 @@ class Student:
         folder: The checkpoint.
         blocks: Path of its decoder blocks.
         device: Where it is.
-        embeddings: Train embeddings and the output layer where they are stored unpacked.
+        embeddings: Train embeddings and the output layer: packed ones' scales, others whole.
         trust_remote_code: Let transformers run code from the folder.
     """
 
@@ -55,39 +52,16 @@ class Student:
         self.model.eval()  # type: ignore[no-untyped-call]
         self.model.requires_grad_(False)
         self.blocks = list(self.model.get_submodule(blocks).children())
-        self.trained = self._plain(folder, embeddings=embeddings) + self._packed()
-        # Without gradients before the blocks, the way back ends at the first of them.
-        self._to_the_start = any(module.weight.requires_grad for module in self._embeddings())
-        self.calls: list[BlockCall] | None = None
-
-    def _embeddings(self) -> list[Any]:
-        return [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
-
-    def _plain(self, folder: Path, *, embeddings: bool) -> list[StoredParameter]:
-        """Return what is trained outside of packed layers: norms, biases, embeddings."""
         stored = read_headers(weight_paths(folder))
-        wide = {id(module.weight) for module in self._embeddings()}
-        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if type(head) is nn.Linear:
-            wide.add(id(head.weight))
-        found = []
-        for name, parameter in self.model.named_parameters():  # tied ones come once
-            shape, kind = stored.get(name, ((), ""))
-            if kind not in WIDE or shape != tuple(parameter.shape):
-                continue
-            if parameter.ndim == 1 or (embeddings and id(parameter) in wide):
-                found.append(StoredParameter(name, parameter, WIDE[kind]))
-        return found
-
-    def _packed(self) -> list[StoredParameter]:
-        found = []
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, QuantLinear):
-                tuned = TunedLinear(module, name)
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, tuned)
-                found += tuned.trained
-        return found
+        self.trained = trained_tensors(self.model, stored, embeddings=embeddings)
+        # Without gradients before the blocks, the way back ends at the first of them.
+        self._to_the_start = any(
+            parameter.requires_grad
+            for module in self.model.modules()
+            if isinstance(module, (nn.Embedding, TunedEmbedding))
+            for parameter in module.parameters()
+        )
+        self.calls: list[BlockCall] | None = None
 
     def _start(self, ids: Tensor) -> Tensor:
         """Return the first block's input; notes how blocks are called."""
@@ -122,10 +96,9 @@ class Student:
         if not sequences:
             return sums
         outputs = self._forward(sequences, keep=False)[-1]
-        with unpacked(self._outside()), logits_from_hidden(self.model, self.blocks) as logits_of:
+        with logits_from_hidden(self.model, self.blocks) as logits_of:
             for row, (hidden, target) in enumerate(zip(outputs, targets, strict=True)):
-                for at in range(0, hidden.shape[1], ROWS):
-                    part = slice(at, at + ROWS)
+                for part in self._parts(hidden):
                     kl = divergence(logits_of(hidden[:, part])[0], target.rows(part))
                     sums[row] += kl.double().sum().cpu()
         return sums
@@ -147,7 +120,7 @@ class Student:
         if not sequences:
             return total
         states = self._forward(sequences, keep=True)
-        with unpacked(self._outside()), logits_from_hidden(self.model, self.blocks) as logits_of:
+        with logits_from_hidden(self.model, self.blocks) as logits_of:
             ways = [
                 self._through_head(logits_of, hidden, target, weight, total)
                 for hidden, target, weight in zip(states.pop(), targets, weights, strict=True)
@@ -170,19 +143,18 @@ class Student:
                     torch.autograd.backward(self._start(ids), way)
         return total
 
-    def _outside(self) -> nn.Module:
-        """Return what is outside of the blocks, as one module."""
-        inside = {id(module) for block in self.blocks for module in block.modules()}
-        outer = [m for m in self.model.modules() if isinstance(m, TunedLinear)]
-        return nn.ModuleList([module for module in outer if id(module) not in inside])
+    def _parts(self, hidden: Tensor) -> list[slice]:
+        """Return the tokens of a sequence in parts whose logits may exist at one time."""
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        step = logit_rows(vocabulary)
+        return [slice(at, at + step) for at in range(0, hidden.shape[1], step)]
 
     def _through_head(
         self, logits_of: Any, hidden: Tensor, target: Target, weight: Tensor, total: Tensor
     ) -> Tensor:
         """Return the gradient at one sequence's last hidden states; some tokens' logits exist."""
         way = torch.empty_like(hidden)
-        for at in range(0, hidden.shape[1], ROWS):
-            part = slice(at, at + ROWS)
+        for part in self._parts(hidden):
             with torch.enable_grad():
                 leaf = hidden[:, part].detach().requires_grad_()
                 kl = divergence(logits_of(leaf)[0], target.rows(part))

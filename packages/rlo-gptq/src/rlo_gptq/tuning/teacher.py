@@ -14,7 +14,7 @@ from rlo_gptq.models.layout import Layout
 from rlo_gptq.models.source import ModelSource
 from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.pipeline.work_folder import WorkFolder
-from rlo_gptq.tuning.divergence import ROWS, Target, known_part
+from rlo_gptq.tuning.divergence import Target, known_part, logit_rows
 
 
 def part_name(number: int) -> str:
@@ -49,6 +49,7 @@ def write_targets(
     mine = [n for n in processes.share(len(sequences)) if not work.has(part_name(n))]
     if not mine:
         return
+    rows = logit_rows(source.config.get_text_config(decoder=True).vocab_size)
     with dense_outputs(source, layout, sequences, mine, offload=offload, note=note) as (
         hidden,
         logits_of,
@@ -58,8 +59,8 @@ def write_targets(
             # Nothing follows the last token; what stands in for it is left out of every mean.
             following = torch.cat([ids[1:], ids[:1]]).to(source.device)
             parts = [
-                known_part(logits_of(state[:, at : at + ROWS])[0], following[at : at + ROWS], k)
-                for at in range(0, len(ids), ROWS)
+                known_part(logits_of(state[:, at : at + rows])[0], following[at : at + rows], k)
+                for at in range(0, len(ids), rows)
             ]
             tensors = {
                 "tokens": torch.cat([part.tokens for part in parts]).int(),
