@@ -118,8 +118,8 @@ def tune(
     """Tune CHECKPOINT, a packed model of ours, on DATASET for the original model's output.
 
     Codes stay; scales, zeros, input scales, norms, biases and unpacked embeddings are trained for
-    the KL divergence of next-token distributions, in the precision they are stored in. What is kept is the
-    best on text held out. Ctrl-C keeps the best so far, and the same command goes on.
+    the KL divergence of next-token distributions, in the precision they are stored in. What is kept
+    is the best on text held out. Ctrl-C keeps the best so far, and the same command goes on.
     """
     settings = end_to_end.settings(seqlen=seqlen, seed=seed)
     from rlo_gptq.tuning.run import Tuning, run_tuning

@@ -1,4 +1,4 @@
-r"""x W^T with W packed and :math:`W = s (C - z)`: gradients of x, s and z, a tile of rows at a time.
+r"""x W^T with W packed and :math:`W = s (C - z)`: gradients of x, s, z, a tile of rows at a time.
 
 What `packed/tiles.py` does for inputs alone. With one scale for a row the gradient of s is a sum
 over tokens of the outputs, which are there; with groups each tile's own gradient is summed over the
