@@ -88,7 +88,7 @@ class TunedWeight(nn.Module):
         return self._of[0]
 
     def units(self, start: int, stop: int) -> Tensor:
-        """Return what scales multiply, of some rows, (some, d), float32; zeros not yet taken off."""
+        """Return what scales multiply in some rows, (some, d), float32, zeros not yet taken off."""
         packed = self.packed
         if packed.settings.grid == "trellis":
             return decode_rows(
