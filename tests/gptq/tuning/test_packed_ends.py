@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 LAYER = LayerSettings(bits=2, method="gptq", incoherence="hadamard", rescale=True)
 PLAIN = LayerSettings(bits=2, method="gptq")
 SETTINGS = EndToEndSettings(
-    steps=4, learning_rate=0.003, batch=2, nsamples=9, seqlen=32, top_k=16, evaluations=2
+    steps=4, learning_rate=0.0005, batch=2, nsamples=9, seqlen=32, top_k=16, evaluations=2
 )
 KINDS = {
     "tied": ("llama-gqa-tied", LAYER, {}),
