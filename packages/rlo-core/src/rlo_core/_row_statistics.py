@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 17
 """Logits per block and thread, as in `rlo_core.linear.tile`: half of an L2 cache."""
-NAMES = ("entropy", "top1", "sum_sq", "correct", "top_entropy")
+NAMES = ("entropy", "top1", "sum_sq", "correct", "top_entropy", "mean_logit")
 
 
 def tile_statistics(
@@ -29,7 +29,7 @@ def tile_statistics(
     "ce" is always there: -log p of the target, nats, 0 for a target outside [0, C). Of the others
     those that are named: "entropy" in nats; "top1", the largest probability; "sum_sq", the sum of
     squared probabilities; "correct", 1 where the target is the first of the largest; "top_entropy",
-    the entropy of the `top` largest, made to sum to 1.
+    the entropy of the `top` largest, made to sum to 1; "mean_logit", the mean of the logits.
 
     Args:
         tile: Raw logits, (R, C), any floating dtype; left as it is.
@@ -69,6 +69,8 @@ def _block(z: Tensor, target: Tensor, names: Collection[str], top: int) -> dict[
         found["entropy"] = (-top1.log() - mean).clamp_(min=0.0)
     if "top1" in names:
         found["top1"] = top1
+    if "mean_logit" in names:
+        found["mean_logit"] = z.mean(1)
     if "sum_sq" in names:
         found["sum_sq"] = torch.bmm(p.unsqueeze(1), p.unsqueeze(2)).flatten()
     if "correct" in names:

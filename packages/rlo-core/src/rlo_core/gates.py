@@ -38,6 +38,7 @@ class RowStatistics:
         sum_sq: The sum of squared probabilities, in (0, 1].
         top_entropy: The entropy of the largest K probabilities made to sum to 1, nats.
         correct: 1 where the label is the most likely class.
+        mean_logit: The mean of the logits.
         reference_ce: Cross entropy of the label under a reference model, nats.
         classes: C.
     """
@@ -48,6 +49,7 @@ class RowStatistics:
     sum_sq: Tensor | None = None
     top_entropy: Tensor | None = None
     correct: Tensor | None = None
+    mean_logit: Tensor | None = None
     reference_ce: Tensor | None = None
     classes: int = 0
 
@@ -279,7 +281,7 @@ def row_statistics(
     Args:
         logits: (N, C).
         target: int64, (N).
-        needs: Of "entropy", "top1", "sum_sq", "top_entropy", "correct".
+        needs: Of "entropy", "top1", "sum_sq", "top_entropy", "correct", "mean_logit".
         top: K of "top_entropy".
         reference_ce: (N), handed on.
 

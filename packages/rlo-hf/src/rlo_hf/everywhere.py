@@ -50,13 +50,20 @@ def adopt(trainer: Any, loss: str, *, eval_loss: Any = "ce", check: bool = True)
         _become(trainer, RootedSFTMixin)
         trainer.open_slot(loss, check=check)
         return trainer
+    for name in ("DPO", "KTO", "ORPO"):
+        if any(own == f"{name}Trainer" and module.startswith("trl.") for module, own in kinds):
+            import rlo_hf.trl
+
+            _become(trainer, getattr(rlo_hf.trl, f"{name}Slot"))
+            trainer.open_slot(loss, check=check)
+            return trainer
     for module, name in kinds:
         if module.startswith("trl.") and not name.startswith("_"):
             from rlo_core.errors import RLOError
 
             raise RLOError(
                 f"{type(trainer).__name__} has an objective of its own and takes no loss; of TRL's "
-                "trainers SFTTrainer does"
+                "trainers SFTTrainer, DPOTrainer, KTOTrainer and ORPOTrainer do"
             )
     if ("transformers.trainer_seq2seq", "Seq2SeqTrainer") in kinds:
         from rlo_hf.seq2seq import RootedSeq2SeqMixin

@@ -157,13 +157,13 @@ class SelfCheck:
         if self.expected is None:
             raise SelfCheckError(
                 f"the loss that is propagated is not {self.objective.name}: "
-                f"{_who(host, 'passes the loss slot by')}"
+                f"{who_is_in_the_place(host, 'passes the loss slot by')}"
             )
         got, expected = float(loss.detach()), float(self.expected)
         if not _close(got, expected, exact=_is_exact(host)):
             raise SelfCheckError(
                 f"the loss that is propagated is {got:.6g}, and {self.objective.name} of the same "
-                f"outputs is {expected:.6g}: {_who(host, 'has a loss of its own')}"
+                f"outputs is {expected:.6g}: {who_is_in_the_place(host, 'has a loss of its own')}"
             )
 
 
@@ -179,7 +179,7 @@ class FirstStep(transformers.TrainerCallback):
             name = self.check.objective.name
             raise SelfCheckError(
                 f"the loss that is propagated is not {name}: "
-                f"{_who(self.host, 'passes the loss slot by')}"
+                f"{who_is_in_the_place(self.host, 'passes the loss slot by')}"
             )
 
 
@@ -250,7 +250,8 @@ def _close(got: float, expected: float, *, exact: bool) -> bool:
     return abs(got - expected) <= (1e-3 if exact else 3e-2) * abs(expected) + 1e-6
 
 
-def _who(host: Any, what: str) -> str:
+def who_is_in_the_place(host: Any, what: str) -> str:
+    """Say what stands in the way of the loss of a trainer, and the way out."""
     found = overrides(type(host))
     who = " and ".join(found) if found else f"something in {type(host).__name__}'s training step"
     return f"{who} {what}; call super() in it, or turn this check off with check=False (--no-check)"

@@ -1,4 +1,5 @@
-"""TRL's `SFTTrainer` with the loss as an argument.
+"""TRL's trainers with the loss as an argument: `SFTTrainer`, and `DPOTrainer`, `KTOTrainer`,
+`GRPOTrainer` and `ORPOTrainer`, which are imported when they are asked for.
 
 TRL's steps take per-token log-probabilities from a fused output layer and sum them. Here that layer
 is ours (see `rlo_hf.trl_head`) and what is summed is the objective: packing, masks, padding-free
@@ -7,8 +8,9 @@ batches, accumulation and TRL's metrics all stay as they are.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rlo_core._cross_entropy import apply_link
@@ -29,6 +31,12 @@ from rlo_hf.self_check import FirstStep, SelfCheck
 from rlo_hf.tasks import base_of, virtual_tokens
 from rlo_hf.trl_head import HeadStep, kernel, reason_against
 from rlo_hf.weights import COLUMN, WeightCollator, WeightMean
+
+if TYPE_CHECKING:
+    from rlo_hf.trl_orpo import ORPOTrainer as ORPOTrainer
+    from rlo_hf.trl_preference import DPOTrainer as DPOTrainer
+    from rlo_hf.trl_preference import GRPOTrainer as GRPOTrainer
+    from rlo_hf.trl_preference import KTOTrainer as KTOTrainer
 
 
 class RootedSFTMixin(ExactEvaluation):
@@ -289,3 +297,20 @@ def _refuse(args: Any) -> None:
             "label_smoothing_factor needs logits, and the trainer works on log-probabilities; "
             "set it to 0"
         )
+
+
+_HOME = {
+    "DPOSlot": "rlo_hf.trl_preference",
+    "DPOTrainer": "rlo_hf.trl_preference",
+    "GRPOTrainer": "rlo_hf.trl_preference",
+    "KTOSlot": "rlo_hf.trl_preference",
+    "KTOTrainer": "rlo_hf.trl_preference",
+    "ORPOSlot": "rlo_hf.trl_orpo",
+    "ORPOTrainer": "rlo_hf.trl_orpo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlo_hf.trl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

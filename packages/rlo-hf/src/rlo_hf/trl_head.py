@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import trl.trainer.utils as trl_utils
 from rlo_core.gates import RowStatistics, gate_factor
-from rlo_core.linear import gated_linear_cross_entropy
+from rlo_core.linear import gated_linear_cross_entropy, linear_log_probs
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlo_hf.objective import Objective
 from rlo_hf.self_check import reference_total
@@ -25,12 +26,19 @@ from rlo_hf.self_check import reference_total
 _KERNEL, _COMPACT = "_ChunkedLogProbFunction", "_use_triton"
 
 
-def reason_against(args: Any) -> str | None:
-    """Return why TRL's own kernel stays, or None where ours can take its place."""
+def reason_against(args: Any, *, gathers: bool = False) -> str | None:
+    """Return why TRL's own kernel stays, or None where ours can take its place.
+
+    Args:
+        args: Of the trainer.
+        gathers: Whether ours would need the layer's weight again in the backward pass.
+    """
     if getattr(args, "torch_compile", False):
         return "torch_compile is on"
     if not (hasattr(trl_utils, _KERNEL) and hasattr(trl_utils, _COMPACT)):
         return "this version of TRL computes its output layer in another way"
+    if gathers and is_deepspeed_zero3_enabled():
+        return "ZeRO-3 gathers the layer for TRL's kernel only"
     return None
 
 
@@ -44,6 +52,65 @@ def kernel(apply: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         names[_KERNEL], names[_COMPACT] = before
+
+
+def _as_the_model_does(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+    """Return states, weight and bias whose product, capped, is the model's logits by temperature.
+
+    The model scales and caps after the bias: (h W + b) s is (s h) W + s b, and c tanh(z / c) / t is
+    (c/t) tanh((z/t) / (c/t)).
+    """
+    kind, dtype, scale = hidden.device.type, hidden.dtype, scale / temperature
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if bias is not None:
+        bias = (bias if scale == 1.0 else bias * scale).to(dtype)
+    states = (hidden if scale == 1.0 else hidden * scale).to(dtype)
+    return states, weight.to(dtype), bias, None if softcap is None else softcap / temperature
+
+
+def log_prob_kernel(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    chunk_size: int,
+    softcap: float | None,
+    scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return what TRL's kernel does, for its preference and policy trainers.
+
+    Log-probabilities, entropy, log of the sum of squared probabilities, mean logit, and whether the
+    label is the first of the largest; the entropy comes without gradient.
+    """
+    states, weight, bias, softcap = _as_the_model_does(
+        hidden, weight, bias, temperature, softcap, scale
+    )
+    wanted = [ours for theirs, ours in _STATISTICS.items() if theirs in outputs]
+    log_probs, rows = linear_log_probs(
+        states, weight, target, bias=bias, softcap=softcap, statistics=wanted
+    )
+    squares = None if rows.sum_sq is None else rows.sum_sq.log()
+    correct = None if rows.correct is None else rows.correct.bool()
+    return log_probs, rows.entropy, squares, rows.mean_logit, correct
+
+
+_STATISTICS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "sum_sq",
+    "mean_logits": "mean_logit",
+    "is_top1": "correct",
+}
+"""What TRL calls the numbers of a row, and what we do."""
 
 
 class HeadStep:
@@ -94,16 +161,9 @@ class HeadStep:
         In training each log-probability is the mean of the negative objective instead: TRL sums
         them, and the sum has the objective's value and gradient.
         """
-        kind = hidden.device.type
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        # The model scales and caps after the bias: (h W + b) s is (s h) W + s b.
-        states = (hidden * (scale / temperature if softcap is None else scale)).to(dtype)
-        if bias is not None and scale != 1.0:
-            bias = bias * scale
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        states, weight, bias, softcap = _as_the_model_does(
+            hidden, weight, bias, temperature, softcap, scale
+        )
         link = self.objective.link
         assert link is not None
         total, rows = gated_linear_cross_entropy(
