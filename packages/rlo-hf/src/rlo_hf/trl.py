@@ -299,6 +299,14 @@ def _refuse(args: Any) -> None:
         )
 
 
+__all__ = [
+    "DPOTrainer",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "ORPOTrainer",
+    "RootedSFTMixin",
+    "SFTTrainer",
+]
 _HOME = {
     "DPOSlot": "rlo_hf.trl_preference",
     "DPOTrainer": "rlo_hf.trl_preference",

@@ -138,11 +138,6 @@ class PreferenceMixin:
         with self._head(), term:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-        """Do TRL's, with our head."""
-        with self._head():
-            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Do TRL's step; after the first, see that the loss took part in it."""
         if not self._pending:
@@ -162,7 +157,16 @@ class PreferenceMixin:
 _LOGISTIC = ("sigmoid", "sigmoid_norm", "robust", "bco_pair", "nca_pair", "aot", "aot_unpaired")
 
 
-class DPOSlot(PreferenceMixin):
+class _WithReference(PreferenceMixin):
+    """For trainers that can compute the reference's log-probabilities before training."""
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """Do TRL's, with our head."""
+        with self._head():
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
+
+
+class DPOSlot(_WithReference):
     """The slot of `DPOTrainer`, for any subclass of TRL's."""
 
     _TERM = "logsigmoid"
@@ -209,7 +213,7 @@ class DPOTrainer(DPOSlot, HostDPOTrainer):
     """
 
 
-class KTOSlot(PreferenceMixin):
+class KTOSlot(_WithReference):
     """The slot of `KTOTrainer`, for any subclass of TRL's."""
 
     _TERM = "sigmoid"

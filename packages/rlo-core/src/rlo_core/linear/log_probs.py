@@ -18,10 +18,11 @@ from torch import Tensor
 from rlo_core.functional import IGNORE_INDEX
 from rlo_core.gates import RowStatistics
 from rlo_core.linear.arguments import check_linear
-from rlo_core.linear.chunks import Options, run_chunks
+from rlo_core.linear.chunks import run_chunks
 from rlo_core.linear.gated import Observer
 from rlo_core.linear.ops import _once, _times_now
 from rlo_core.linear.plan import compute_dtype, plan_linear_loss
+from rlo_core.linear.settings import Settings
 from rlo_core.linear.tile import working_dtype
 from rlo_core.links import CE
 
@@ -35,26 +36,26 @@ class _LogProbs(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         observer: Observer,
-        options: Options,
+        settings: Settings,
     ) -> Tensor:
-        first = replace(options, weight_grad=False, bias_grad=False)
-        sums = run_chunks(hidden, weight, bias, target, None, CE(), first, observer)
-        ctx.options, ctx.dtype = options, hidden.dtype
+        first = replace(settings, weight_grad=False, bias_grad=False)
+        sums = run_chunks(hidden, weight, bias, target, None, first, observer)
+        ctx.settings, ctx.dtype = settings, hidden.dtype
         ctx.save_for_backward(hidden, weight, bias, target, sums.hidden_grad)
         return -sums.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight, bias, target, hidden_grad = ctx.saved_tensors
-        options: Options = ctx.options
+        settings: Settings = ctx.settings
         dh = dw = db = None
-        grad = -grad.detach().masked_fill(target == options.ignore_index, 0.0)
+        grad = -grad.detach().masked_fill(target == settings.ignore_index, 0.0)
         if hidden_grad is not None:
             dh = _times_now(hidden_grad, grad.unsqueeze(1), ctx.dtype)
-        if options.weight_grad or options.bias_grad:
-            second = replace(options, hidden_grad=False)
-            weighted = target.masked_fill(grad == 0, options.ignore_index)
-            sums = run_chunks(hidden, weight, bias, weighted, grad, CE(), second)
+        if settings.weight_grad or settings.bias_grad:
+            second = replace(settings, hidden_grad=False)
+            weighted = target.masked_fill(grad == 0, settings.ignore_index)
+            sums = run_chunks(hidden, weight, bias, weighted, grad, second)
             if sums.weight_grad is not None:
                 dw = sums.weight_grad.to(weight.dtype)
             if sums.bias_grad is not None:
@@ -123,20 +124,13 @@ def linear_log_probs(
         hidden, weight, CE(), bias=bias, impl="chunked", memory_budget=memory_budget
     )
     compute = compute_dtype(hidden)
-    recording = torch.is_grad_enabled()
-    options = Options(
+    settings = Settings(
         ignore_index=ignore_index,
-        label_smoothing=0.0,
         softcap=softcap,
         compute=compute,
         rows=plan.rows,
-        first_class=0,
         classes=weight.shape[0],
-        ranks=None,
-        hidden_grad=recording and hidden.requires_grad,
-        weight_grad=recording and weight.requires_grad,
-        bias_grad=recording and bias is not None and bias.requires_grad,
-    )
+    ).with_grads(hidden, weight, bias)
     observer = Observer(
         len(target),
         hidden.new_zeros((), dtype=working_dtype(compute)),
@@ -146,5 +140,5 @@ def linear_log_probs(
         softcap=softcap,
         reference_ce=None,
     )
-    log_probs: Tensor = _LogProbs.apply(hidden, weight, bias, target, observer, options)
+    log_probs: Tensor = _LogProbs.apply(hidden, weight, bias, target, observer, settings)
     return log_probs, observer.rows()
