@@ -35,7 +35,7 @@ def last_checkpoint(out: Path, say: Callable[[str], object] = lambda line: None)
 
     Args:
         out: The run folder.
-        say: Is given a line for each checkpoint that is passed over, with the reason.
+        say: Called with a line for each checkpoint that is passed over, with the reason.
 
     Raises:
         RunError: there is none.

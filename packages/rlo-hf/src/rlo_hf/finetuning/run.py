@@ -87,7 +87,7 @@ def finetune(
         eval_only: Measure perplexity and stop.
         push: The hub name to push the model to; None for nowhere.
         save_steps: Updates between checkpoints; None for ten minutes and every epoch.
-        say: Is given lines for a person.
+        say: Called with each line of progress that a person should read.
 
     Returns:
         What is in the summary of run.json.

@@ -47,7 +47,7 @@ def trainer_of(
         options: The settings.
         run: Where its records and checkpoints go.
         measure: Is called with the step after every epoch but the last.
-        say: Is given lines for a person.
+        say: Called with each line of progress that a person should read.
         save_steps: Updates between checkpoints; None for ten minutes and every epoch.
 
     Raises:
