@@ -65,7 +65,7 @@ def main(
     shared += " --workers 1 --seed 0 --device cpu --smoothing 0 --num-classes 10"
     host = f"--model {model} --data-dir {images} --img-size 32 --mean 0.4914 0.4822 0.4465"
     host += " --std 0.2471 0.2435 0.2616 --train-crop-mode rrc --color-jitter 0"
-    ours = f"--net {model} --dataset {images} --size 32 --train-crop-mode rrc --val-split validation"
+    ours = f"--net {model} --dataset {images} --size 32 --train-crop-mode rrc"
     commands = {
         "timm train.py": [sys.executable, "train.py", *shared.split(), *host.split()],
         "timm train.py --loss rlo": [

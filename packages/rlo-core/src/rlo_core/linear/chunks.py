@@ -75,8 +75,8 @@ def run_chunks(
         target: int64, (N).
         factor: (N), the weight of each token in the sum; None for ones.
         s: The rest.
-        observer: Called with the logits of each chunk, their targets and which rows they are, before
-            the gradient overwrites them; returns a factor for each of these rows, or None.
+        observer: Called with the logits of each chunk, their targets and which rows they are,
+            before the gradient overwrites them; returns a factor for each of these rows, or None.
     """
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
         return _run(hidden, weight, bias, target, factor, s, observer)
