@@ -174,6 +174,27 @@ def test_class_weights_multiply_the_value_and_the_mean_divides_by_their_sum() ->
     torch.testing.assert_close(found, each.sum() / weight[target[:4]].sum())
 
 
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_a_smoothed_label_weighs_each_class_by_its_own_weight(link: Link) -> None:
+    """torch's rule, of a cross entropy with class weights and smoothing, class by class."""
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    target, weight = [0, 1, 2, 1], [0.2, 1.0, 3.0]
+    each = []
+    for row, label in zip(logits, target, strict=True):
+        values = [float(link.value(-row.log_softmax(-1)[c])) for c in range(3)]
+        spread = sum(w * value for w, value in zip(weight, values, strict=True)) / 3
+        each.append(0.9 * weight[label] * values[label] + 0.1 * spread)
+    found = link_cross_entropy(
+        logits,
+        torch.tensor(target),
+        link,
+        weight=torch.tensor(weight, dtype=torch.float64),
+        label_smoothing=0.1,
+        reduction="none",
+    )
+    torch.testing.assert_close(found, torch.tensor(each, dtype=torch.float64))
+
+
 def test_the_convex_loss_is_convex_in_the_logits_and_the_bounded_one_is_not() -> None:
     """Midpoints of random pairs, float64."""
     a, b = (torch.randn(4000, 5, dtype=torch.float64) * 4.0 for _ in range(2))

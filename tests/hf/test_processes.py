@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rlo_core.functional import rooted_loss
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,15 @@ def test_two_processes_have_the_gradient_and_evaluation_of_one(tmp_path, hf, nam
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
     objective = hf.rooted_mean([(logits, labels)], 5.0).item()
     assert metrics["eval_loss"] == pytest.approx(objective, rel=1e-5)
+
+
+def test_class_weights_divide_by_their_sum_over_both_processes(tmp_path, hf):
+    got, _ = two_processes(tmp_path, "llama", "weights")
+    model = hf.build("llama").train()
+    logits, labels = hf.scores_and_labels(model, "llama", hf.collate(hf.examples("llama")))
+    weight = torch.linspace(0.2, 3.0, logits.shape[-1])
+    rooted_loss(logits.flatten(0, 1), labels.flatten(), k=5, weight=weight).backward()
+    assert hf.relative_error(got, hf.gradients(model)) < 3e-6
 
 
 def test_without_averaging_over_devices_each_process_divides_by_its_own_labels(tmp_path, hf):

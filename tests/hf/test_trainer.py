@@ -72,6 +72,25 @@ def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, hf):
     assert hf.relative_error(without, stock) > 1e-3
 
 
+def test_an_update_has_the_mean_of_the_router_losses_of_its_batches(tmp_path, hf):
+    rows = hf.examples("mixtral")
+    args = hf.arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    got = hf.update_of(Trainer, hf.build("mixtral"), rows, args, loss="rlo:k=5")
+    model = hf.build("mixtral").train()
+    objective, routers = [], []
+    for part in (rows[:4], rows[4:]):
+        batch = hf.collate(part)
+        outputs = model(**batch)
+        logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
+        kept = labels != -100
+        log_p = logits[kept].log_softmax(-1).gather(-1, labels[kept][:, None])
+        objective.append((5 * (1 - (log_p / 5).exp())).sum())
+        routers.append(model.config.router_aux_loss_coef * outputs.aux_loss)
+    count = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+    (sum(objective) / count + sum(routers) / 2).backward()
+    assert hf.relative_error(got, hf.gradients(model)) < 3e-6
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "bert_sequence"])
 @pytest.mark.parametrize("linear", ["off", "auto"])
 def test_label_smoothing_is_the_expectation_over_the_smoothed_label(tmp_path, hf, name, linear):
@@ -129,6 +148,24 @@ def test_class_weights_divide_by_their_sum_over_the_whole_update(tmp_path, hf, s
     logits, labels = hf.scores_and_labels(model, "bert_token", hf.collate(rows))
     rooted_loss(logits.flatten(0, 1), labels.flatten(), k=5, weight=weight).backward()
     assert hf.relative_error(got, hf.gradients(model)) < 2e-6
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_class_weights_are_counted_over_all_processes_where_the_trainer_averages_over_them(
+    tmp_path, hf, monkeypatch, everywhere
+):
+    """A second process whose labels weigh three times as much; the real thing is in the slow
+    tests."""
+    weight = torch.tensor([1.0, 5.0, 0.2, 2.0, 1.0])
+    args = hf.arguments(tmp_path, average_tokens_across_devices=everywhere)
+    trainer = Trainer(hf.build("bert_token"), args, loss=RootedLoss(k=5, weight=weight))
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.stack([own, 3 * own]))
+    batches = [hf.collate(hf.examples("bert_token", 3, seed=seed)) for seed in (0, 1)]
+    labels = torch.cat([batch["labels"].flatten() for batch in batches])
+    own = float(weight[labels[labels != -100]].sum())
+    counted = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert float(counted) == pytest.approx(4 * own if everywhere else own)
 
 
 def test_the_ignore_index_of_a_criterion_is_honoured(tmp_path, hf):

@@ -1,7 +1,8 @@
 """One process of two: an update and an evaluation, saved by the first. Run by test_processes.py.
 
 Modes: "ddp", "fused", "local" (labels are averaged within each process), "fsdp2" (by the Trainer's
-arguments), "accelerate" (FSDP2 by the configuration of `accelerate launch`), "zero1" to "zero3".
+arguments), "accelerate" (FSDP2 by the configuration of `accelerate launch`), "zero1" to "zero3",
+"weights" (as "ddp", with class weights).
 """
 
 import importlib.util
@@ -84,6 +85,15 @@ def weights(model, mode):
     return torch.cat(parts)
 
 
+def loss_of(mode, model):
+    """The loss: the rooted one, in mode "weights" with a weight for each class."""
+    if mode != "weights":
+        return "rlo:k=5"
+    from rlo_core.modules import RootedLoss
+
+    return RootedLoss(k=5, weight=torch.linspace(0.2, 3.0, model.config.vocab_size))
+
+
 def main(name: str, mode: str, out: str) -> None:
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("conftest.py"))
@@ -108,7 +118,7 @@ def main(name: str, mode: str, out: str) -> None:
             tiny.collate,
             tiny.examples(name),
             tiny.examples(name, 7, seed=3),
-            loss="rlo:k=5",
+            loss=loss_of(mode, model),
             linear="fused" if mode == "fused" else "off",
             callbacks=[grab],
         )

@@ -179,6 +179,51 @@ def test_a_refit_lands_on_the_least_squares_scale():
     torch.testing.assert_close(kept, state.gradient)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_fitted_scale_is_finer_than_the_widths_that_are_tried(bits):
+    """Least squares after the search: the scale of its own codes, below any width of the search."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 200, generator=g, dtype=torch.float64)
+    h = torch.rand(64, generator=g, dtype=torch.float64) + 0.1
+    grid = fit_grid(x, h, LayerSettings(bits=bits, sym=True, scale_dtype="float32"))
+    top = 2**bits - 1
+    zero = grid.zeros[0]
+
+    def error(scale):
+        codes = (x / scale + zero).round().clamp(0, top)
+        return (h[:, None] * (x - scale * (codes - zero)) ** 2).sum(0)
+
+    narrow = 0.7 * x.square().mean(0).sqrt()
+    wide = x.abs().amax(0)
+    tried = [error(2 / top * narrow * (wide / narrow) ** (i / 23)) for i in range(24)]
+    best = torch.stack(tried).amin(0)
+    found = error(grid.scales[0])
+    assert (found <= best * (1 + 1e-6)).all()
+    assert (found < best * (1 - 1e-6)).double().mean() > 0.9
+    # And it is (nearly always, after two steps) where another step of least squares stays.
+    unit = (x / grid.scales[0] + zero).round().clamp(0, top) - zero
+    again = (h[:, None] * unit * x).sum(0) / (h[:, None] * unit.square()).sum(0)
+    assert ((again / grid.scales[0] - 1).abs() < 0.01).double().mean() > 0.9
+
+
+def test_a_slightly_indefinite_hessian_is_damped_by_one_percent_and_another_is_refused():
+    """Sums of many float32 products can end a little below zero."""
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64)).Q
+    values = torch.linspace(0.5, 2, 12, dtype=torch.float64)
+    values[0] = -0.002
+    H = basis @ values.diag() @ basis.T
+    found = factor(H.float())
+    upper = torch.eye(12, dtype=torch.float64) + found.feedback.T.double()
+    rebuilt = upper @ found.diagonal.double().diag() @ upper.T
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(rebuilt, damped, rtol=0, atol=1e-3 * float(values.mean()))
+    assert (found.diagonal > 0).all()
+    values[0] = -0.1
+    with pytest.raises(ValueError, match="must be positive semi-definite, got an indefinite one"):
+        factor((basis @ values.diag() @ basis.T).float())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_step_of_the_method_pays(layer, bits):
     """nearest > gptq > ldlqRG, all with incoherence, and the authors' form is worse than ours."""
