@@ -8,14 +8,13 @@ so the cross entropy of the three terms stands beside them: under `ce` it is the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RunError
-from rlo_core.runs.record import Run
+from rlo_core.runs.record import Run, parse_object, read_lines, read_utf8
 
 from rlo_stylegan.checkout import Checkout
 
@@ -37,37 +36,20 @@ _LOWER_IS_BETTER = ("fid", "kid", "ppl")
 _CE_D = ("Loss/ce/D_fake", "Loss/ce/D_real")
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; a last line that was cut off is left out.
-
-    Raises:
-        RunError: another line is not JSON.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
-            raise RunError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
-
-
 def read_options(folder: Path) -> dict[str, Any]:
     """Return `training_options.json` of a run.
 
     Raises:
-        RunError: it is not there, or is not JSON.
+        RunError: it is not there, or is not a JSON object.
     """
     path = folder / "training_options.json"
     try:
-        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        options = parse_object(read_utf8(path), repr(str(path)))
     except FileNotFoundError:
         raise RunError(f"no GAN run in {str(folder)!r}: {path.name} is not there") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{str(path)!r} is not JSON: {error}") from error
+    for name in ("loss_kwargs", "training_set_kwargs"):
+        if not isinstance(options.get(name, {}), dict):
+            raise RunError(f"{str(path)!r}: {name} must be an object")
     return options
 
 
@@ -80,7 +62,15 @@ def _mean(record: dict[str, Any], key: str) -> float | None:
     value = record.get(key)
     if not isinstance(value, dict) or not value.get("num"):
         return None
-    return float(value["mean"])
+    return _finite(value.get("mean"))
+
+
+def _finite(value: Any) -> float | None:
+    """Return a measured number as a float; None for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def tick_records(folder: Path, loss: str) -> Iterator[dict[str, float | str]]:
@@ -114,8 +104,11 @@ def metric_records(folder: Path) -> Iterator[dict[str, float | str]]:
             found = re.search(r"(\d+)", Path(str(line.get("snapshot_pkl") or "")).stem)
             if found is None:  # a pickle from elsewhere has no place on the axis
                 continue
-            for name, value in line.get("results", {}).items():
-                yield {"kimg": float(found[1]), name: float(value)}
+            results = line.get("results")
+            for name, value in results.items() if isinstance(results, dict) else ():
+                number = _finite(value)
+                if number is not None:
+                    yield {"kimg": float(found[1]), name: number}
 
 
 def write_record(

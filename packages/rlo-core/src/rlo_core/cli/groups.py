@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from rlo_core.cli.failures import known_failure
 from rlo_core.errors import RLOError
 from rlo_core.hosts import available_hosts, load_host
 
@@ -22,16 +22,14 @@ class FriendlyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except RLOError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:  # a full disk, a folder that is read-only or not there
-            if error.errno in (None, errno.EPIPE):
-                raise
-            at = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{at}{error.strerror}") from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+        except Exception as error:
+            line = known_failure(error)
+            if line is None:
+                raise
+            raise click.ClickException(line) from error
 
 
 class HostGroup(FriendlyGroup):

@@ -35,6 +35,7 @@ PALETTE = (
 _INK = "#0a0b0c"  # stands for currentColor until the SVG is text
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a measurement may be named with a $
     "font.size": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -129,6 +130,9 @@ def panel_chart(panel: Panel, colour: Mapping[str, str], *, legend: bool = False
     ax.set_xlabel(panel.index)
     ax.set_ylabel(panel.measure)
     if legend:
-        ax.set_title(panel.title, fontsize=10)
-        ax.legend(fontsize=8)
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            ax.set_title(panel.title, fontsize=10)
+            ax.legend(fontsize=8)
     return figure

@@ -63,7 +63,10 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer that no float holds
+            return math.inf if value > 0 else -math.inf
     return float(value) if isinstance(value, str) and value in _NOT_FINITE else None
 
 
@@ -89,12 +92,16 @@ def read_panels(folders: Sequence[Path]) -> list[Panel]:
         run = read_run(folder)
         for record in read_metrics(folder):
             index = next((name for name in INDEX if _number(record.get(name)) is not None), None)
-            if index is None:
+            x = math.nan if index is None else _number(record[index])
+            if index is None or x is None or not math.isfinite(x):
                 continue
-            x = float(record[index])
             labels = tuple(_labels(record).values())
             given = record.get("loss")
-            loss = given if isinstance(given, str) else str(run["loss"] or run["kind"])
+            loss = (
+                given
+                if isinstance(given, str)
+                else str(run.get("loss") or run.get("kind") or folder.name)
+            )
             seed = str(record.get("seed", run.get("seed")))
             for measure, raw in record.items():
                 y = _number(raw)

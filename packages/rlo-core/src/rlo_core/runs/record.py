@@ -182,32 +182,90 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the document of `run.json`.
 
     Raises:
-        RunError: there is none, or it is not JSON.
+        RunError: there is none, it is not JSON, or one of its fields is not what `Run` writes.
     """
     path = Path(folder) / RUN_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = read_utf8(path)
     except FileNotFoundError:
         raise RunError(f"no run in {str(folder)!r}: {RUN_FILE} is not there") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{str(path)!r} is not JSON: {error}") from error
+    document = parse_object(text, repr(str(path)))
+    for name, (kind, words) in _FIELDS.items():
+        if document.get(name) is not None and not isinstance(document[name], kind):
+            got = type(document[name]).__name__
+            raise RunError(f"{str(path)!r}: {name} must be {words}, got {got}")
+    return document
+
+
+_FIELDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("kind", "loss", "started", "status"), (str, "a text")),
+    **dict.fromkeys(("options", "data", "versions", "machine", "summary"), (dict, "an object")),
+}
+"""The fields of `run.json` that readers rely on, where they are there."""
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        RunError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{str(path)!r} is not UTF-8 text: {error.reason}") from error
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        text: The JSON.
+        where: What holds it, for the message.
+
+    Raises:
+        RunError: it is not JSON, or no object, or holds text that no file can hold.
+    """
+    try:
+        document = json.loads(text)
+        if "\\ud" in text.lower():  # a half of a surrogate pair cannot be written again
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise RunError(f"{where} is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise RunError(f"{where} holds text that is not Unicode") from error
+    except ValueError as error:  # not JSON, or an integer of thousands of digits
+        raise RunError(f"{where} is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise RunError(f"{str(path)!r} must hold an object, got {type(document).__name__}")
+        raise RunError(f"{where} must hold an object, got {type(document).__name__}")
     return document
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the records of `metrics.jsonl`; a last line that was cut off is left out."""
+    """Yield the records of `metrics.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+        RunError: the file is not UTF-8, or another line is not a JSON object.
+    """
     path = Path(folder) / METRICS_FILE
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").split("\n")
+    if path.exists():
+        yield from read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines; a last line that was cut off is left out.
+
+    Raises:
+        RunError: the file is not UTF-8, or another line is not a JSON object.
+    """
+    lines = read_utf8(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            yield parse_object(line, f"{str(path)!r}, line {number},")
+        except RunError:
             if number == len(lines):  # no line end after it: the writer was stopped
                 return
-            raise RunError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
+            raise

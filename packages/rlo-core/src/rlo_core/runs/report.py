@@ -99,8 +99,10 @@ def _tables(folders: Sequence[Path], documents: Sequence[Mapping[str, Any]]) -> 
     for folder, document in zip(folders, documents, strict=True):
         row: dict[str, Any] = {"run": folder.resolve().name}
         row |= {name: document.get(name) for name in _RUN_COLUMNS if document.get(name) is not None}
-        notes = document.get("summary", {}).get(NOTES, {})
-        for key, value in document.get("summary", {}).items():
+        summary = document.get("summary") or {}
+        notes = summary.get(NOTES)
+        notes = notes if isinstance(notes, dict) else {}
+        for key, value in summary.items():
             if key == NOTES:
                 continue
             if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
@@ -183,8 +185,8 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
 def _lead(documents: Sequence[Mapping[str, Any]]) -> str:
     """Return where and when, in one line."""
     first = documents[0]
-    started = sorted(d["started"] for d in documents if "started" in d)
-    machine, versions = first.get("machine", {}), first.get("versions", {})
+    started = sorted(d["started"] for d in documents if d.get("started"))
+    machine, versions = first.get("machine") or {}, first.get("versions") or {}
     known = [f"torch {versions[name]}" for name in ("torch",) if name in versions]
     known += [str(machine[name]) for name in ("gpu", "cpu") if machine.get(name)]
     known += [started[0][:10]] if started else []
