@@ -14,6 +14,7 @@ from rlo_gptq.checkpoint.dense_outside import DenseOutside
 from rlo_gptq.checkpoint.outside import outside_modules
 from rlo_gptq.checkpoint.validation import CheckpointError
 from rlo_gptq.evaluation.inspect_layers import inspect_model
+from rlo_gptq.models.digests import DIGESTS
 from rlo_gptq.models.fold import check_foldable
 from rlo_gptq.models.outside import find_outside
 from rlo_gptq.models.shards import file_bytes
@@ -326,7 +327,7 @@ def test_the_plan_says_how_a_folded_head_is_stored(model_folder):
     ],
 )
 def test_a_changed_entry_is_refused(change, message, quantized, tmp_path):
-    folder = shutil.copytree(quantized, tmp_path / "q")
+    folder = shutil.copytree(quantized, tmp_path / "q", ignore=shutil.ignore_patterns(DIGESTS))
     config = json.loads((folder / "config.json").read_text())
     change(config["quantization_config"]["outside"])
     (folder / "config.json").write_text(json.dumps(config))

@@ -61,12 +61,17 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
+    verify: bool = True,
 ) -> PreTrainedModel:
     """Load a quantized model; see `rlo_gptq.checkpoint.load.load`."""
     from rlo_gptq.checkpoint.load import load as load_checkpoint
 
     return load_checkpoint(
-        folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        folder,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
     )
 
 

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rlo_core.errors import RLOError
 
+from rlo_gptq.checkpoint.digests import check_digests
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, VERSION, RLOGPTQConfig, as_error
 from rlo_gptq.checkpoint.validation import (
     check_folder,
     check_sizes,
+    every_tensor_used,
     read_headers,
     read_object,
     require,
     weight_paths,
 )
+from rlo_gptq.models.digests import unverified
 from rlo_gptq.settings import LayerSettings
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
+    verify: bool = True,
 ) -> PreTrainedModel:
     """Load a quantized model, as `AutoModelForCausalLM.from_pretrained` does, with its files
     checked first.
@@ -63,9 +67,11 @@ def load(
         dtype: Of the unquantized weights and of the activations; "auto" is that of the original.
         device_map: As transformers takes it, e.g. "auto" or {"": "cuda:0"}.
         trust_remote_code: Let transformers run code from the folder.
+        verify: Hold all files against the digests in the checkpoint, where it has some.
 
     Raises:
-        RLOError: the checkpoint is damaged, hostile, or not ours.
+        RLOError: the checkpoint is damaged, hostile, or not ours; or config.json and the tensors
+            contradict each other.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,10 +83,13 @@ def load(
         require(method == METHOD, f"{str(path)!r} must be quantized by {METHOD}, got {method!r}")
         RLOGPTQConfig.from_dict(found)
         check_sizes(read_object(path / "config.json"), read_headers(weight_paths(path)))
+        with unverified(when=not verify):  # last: what is wrong says more than that something is
+            check_digests(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-        )
+        with every_tensor_used():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+            )
     except RLOError:
         raise
     except Exception as error:  # a hostile config.json provokes any of them

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,7 @@ _NAMES = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PACKED = ("weight", *KEPT_DTYPE, "seed", "order")
+_every_tensor_used: ContextVar[bool] = ContextVar("every_tensor_used", default=False)
 _PART = 1 << 22
 _LONGEST = 600
 LARGEST_WEIGHT = 1e30
@@ -140,6 +144,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequence[str]) -> None:
     """Refuse files in which a tensor of the model is missing, or has another shape or type.
 
+    Inside of `every_tensor_used`, refuse those with further tensors too.
+
     Args:
         files: The safetensors files of the checkpoint.
         model: With its empty `QuantLinear`s in place.
@@ -154,6 +160,7 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
     tied = set(model.all_tied_weights_keys)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     of_head = next((f"{name}." for name, m in model.named_modules() if m is head), None)
+    left = set(found) - tied
     for full, tensor in model.state_dict().items():
         # A task head of one's own (sequence classification) may be new; the rest must be there.
         inside = full.startswith(prefix) or not hasattr(model, prefix[:-1])
@@ -164,6 +171,7 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
         stored = next((name for name in names if name in found), None)
         require(stored is not None, f"the checkpoint lacks tensor {full!r}")
         assert stored is not None
+        left.discard(stored)
         shape, kind = found[stored]
         require(
             shape == tuple(tensor.shape),
@@ -174,6 +182,26 @@ def check_files(files: Sequence[Path], model: PreTrainedModel, quantized: Sequen
             require(
                 kind in types, f"tensor {stored!r} must have type {' or '.join(types)}, got {kind}"
             )
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unused = [name for name in left if not any(re.search(rule, name) for rule in ignored)]
+    require(
+        not (unused and _every_tensor_used.get()),
+        f"config.json describes a model that has no use for {len(unused)} of the checkpoint's "
+        f"tensors, {min(unused, default='')!r} among them",
+    )
+
+
+@contextmanager
+def every_tensor_used() -> Iterator[None]:
+    """Refuse, when a model is loaded inside the block, tensors of its files that it does not have.
+
+    `from_pretrained` of another class than the checkpoint's may leave the output layer.
+    """
+    token = _every_tensor_used.set(True)
+    try:
+        yield
+    finally:
+        _every_tensor_used.reset(token)
 
 
 def check_values(name: str, module: PackedWeight) -> None:

@@ -49,6 +49,7 @@ _max_tokens = both_spellings(
 @_max_tokens
 @shared.device
 @_dtype
+@shared.verify
 @shared.as_json
 def evaluate(
     model: str,
@@ -168,6 +169,7 @@ def inspect(model: str, as_json: bool) -> None:
 @_max_tokens
 @shared.device
 @_dtype
+@shared.verify
 @shared.as_json
 def compare(
     models: tuple[str, ...],

@@ -27,6 +27,7 @@ from rlo_gptq.cli.options import MB
 )
 @click.option("--out", type=shared.new_folder, help="The new folder; by default FOLDER-FORMAT.")
 @shared.peers
+@shared.verify
 @shared.as_json
 def export(
     folder: Path, format_: str, out: Path | None, peers: tuple[str, ...], as_json: bool

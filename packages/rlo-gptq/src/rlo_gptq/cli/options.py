@@ -35,6 +35,13 @@ def both_spellings(name: str, *rest: str, **attributes: Any) -> Callable[[Any], 
     return click.option(*flags, *rest, **attributes)
 
 
+def _verify(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value:
+        from rlo_gptq.models.digests import unverified
+
+        context.with_resource(unverified())
+
+
 existing_folder = click.Path(exists=True, file_okay=False, path_type=Path)
 new_folder = click.Path(file_okay=False, path_type=Path)
 
@@ -49,6 +56,13 @@ peers = both_spellings(
     type=click.Choice(["transformers", "gptqmodel"]),
     multiple=True,
     help="Reload what was written for others there and compare the logits; repeatable.",
+)
+verify = click.option(
+    "--verify/--no-verify",
+    default=True,
+    expose_value=False,
+    callback=_verify,
+    help="Hold checkpoints against the digests that were written with them: on.",
 )
 save = click.option(
     "--save",

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlo_gptq.checkpoint.dense_outside import DenseOutside
+from rlo_gptq.checkpoint.digests import check_digests
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig, as_error, module_table
 from rlo_gptq.checkpoint.load import read_quantization, weight_files
 from rlo_gptq.checkpoint.outside import outside_modules
@@ -85,6 +86,7 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
     if format == "compressed-tensors":
         compressed.check_library()
     check_folder(folder)
+    check_digests(folder)
     found = read_quantization(folder)
     if found.get("quant_method") != METHOD:
         raise FormatError(

@@ -151,7 +151,7 @@ def _write(
     settings = LayerSettings(
         bits=bits, method="gptq", group_size=_one_size(sizes), sym=sym, integer_zero=True
     )
-    writer = ShardWriter(out)
+    writer = ShardWriter(out, digests=True)
     for file, names in files.items():
         new: dict[str, Tensor] = {}
         for name in names:

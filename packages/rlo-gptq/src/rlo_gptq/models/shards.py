@@ -20,6 +20,8 @@ from rlo_core.files import atomic_path, write_json
 from safetensors import safe_open
 from torch import Tensor
 
+from rlo_gptq.models.digests import DIGESTS, write_digests
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -59,13 +61,16 @@ class ShardWriter:
 
     Args:
         folder: Is made if it is not there.
+        digests: Note the digests of files and tensors beside them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, digests: bool = False) -> None:
         self.folder = folder
+        self.digests = digests
         self.weight_map: dict[str, str] = {}
         self.tensor_bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / DIGESTS).unlink(missing_ok=True)  # of what stood here before
 
     def add(self, file: str, tensors: dict[str, Tensor]) -> None:
         """Write tensors as one file; files without tensors are left out."""
@@ -85,7 +90,7 @@ class ShardWriter:
         self._note_bytes(SINGLE, read_header(self.folder / SINGLE)[0])
 
     def finish(self, config: Mapping[str, Any], *, texts: Path | None = None) -> int:
-        """Write the index, the texts of another folder, and config.json last.
+        """Write the index, the texts of another folder, and config.json (then digests) last.
 
         Args:
             config: What config.json holds.
@@ -107,6 +112,8 @@ class ShardWriter:
         if texts is not None:
             copy_texts(texts, self.folder)
         write_json(self.folder / "config.json", config)
+        if self.digests:
+            write_digests(self.folder, [self.folder / file for file in files])
         return sum((self.folder / file).stat().st_size for file in files)
 
     def _note(self, file: str, tensors: Mapping[str, Tensor]) -> None:

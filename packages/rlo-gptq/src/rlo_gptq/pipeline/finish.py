@@ -68,7 +68,7 @@ def write_checkpoint(
     config["dtype"] = str(source.stored_dtype).removeprefix("torch.")
     every = [record for part in parts for record in work.records(part.stem)]
     records = [r for r in every if "layer" in r and not r.get("outside")]
-    writer = ShardWriter(folder)
+    writer = ShardWriter(folder, digests=True)
     write_weights(parts, writer)
     card = model_card(
         base=base,

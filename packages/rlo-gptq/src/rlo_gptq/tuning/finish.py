@@ -28,7 +28,7 @@ def write_tuned(folder: Path, best: Path, out: Path, summary: Mapping[str, Any])
     Raises:
         CheckpointError: a new value is of no tensor of the checkpoint.
     """
-    writer = ShardWriter(out)
+    writer = ShardWriter(out, digests=True)
     with safe_open(best, framework="pt") as trained:
         left = set(trained.keys())
         for file in weight_paths(folder):
