@@ -142,6 +142,13 @@ class Trace(TorchDispatchMode):
         self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
 
+    def restart(self) -> None:
+        """Forget what was counted, and take what is alive now for not made in the trace."""
+        self.launches = self.bytes = self.flops = self.peak = 0
+        for counter in (self.launched, self.sites, self.syncs, self.double, self.kernel_devices):
+            counter.clear()
+        self._alive = {key: (ref, 0) for key, (ref, _) in self._alive.items()}
+
     def kernel(self, name: str) -> None:
         """Count the launch of a Triton kernel."""
         self.launches += 1

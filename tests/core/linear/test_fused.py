@@ -72,7 +72,8 @@ def gradients(loss: Callable[[], Tensor], *leaves: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("link", LINKS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_chunks_give_the_loss_and_gradients_of_link_cross_entropy(link, reduction):
+@pytest.mark.parametrize("impl", ["chunked", "two-pass"])
+def test_it_has_the_loss_and_gradients_of_link_cross_entropy(link, reduction, impl):
     """Every combination of the other options, against core's own function in float64."""
     hidden, weight, bias, target = problem()
     token_weight = torch.rand(len(target), dtype=torch.float64).requires_grad_()
@@ -115,7 +116,7 @@ def test_chunks_give_the_loss_and_gradients_of_link_cross_entropy(link, reductio
                     softcap=cap,
                     token_weight=token_weight if weighted else None,
                     reduction=reduction,
-                    impl="chunked",
+                    impl=impl,
                     memory_budget=8 * 101 * 8,
                 )
             ),

@@ -141,7 +141,7 @@ def dtensors(rank: int) -> None:
     split = distribute_tensor(weight.clone(), mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"must be Shard\(0\) or Replicate, got S"):
         link_linear_cross_entropy(hidden, split, target, Rooted(3.0))
-    with pytest.raises(ValueError, match="needs impl='chunked', got 'torch'"):
+    with pytest.raises(ValueError, match="needs impl='chunked' or 'two-pass', got 'torch'"):
         link_linear_cross_entropy(hidden, head.weight, target, Rooted(3.0), impl="torch")
 
 

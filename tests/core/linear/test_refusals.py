@@ -78,7 +78,7 @@ HIDDEN, WEIGHT, TARGET = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dt
         (
             {"impl": "liger"},
             ValueError,
-            "impl must be 'auto', 'chunked', 'torch' or 'cce', got 'liger'",
+            "impl must be 'auto', 'chunked', 'two-pass', 'torch' or 'cce', got 'liger'",
         ),
         (
             {"reduction": "avg"},

@@ -31,7 +31,7 @@ def check_smoothing(label_smoothing: float) -> None:
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError for a label outside [0, classes).
 
-    On the CPU only: elsewhere it would wait for the device, and torch's own device assert speaks.
+    On the CPU only: elsewhere it would wait for the device, where a device-side assertion speaks.
     Skipped while compiling, under torch.func and for fake tensors: there are no values to read.
     """
     if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
@@ -46,6 +46,20 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(
             f"target must be in [0, {classes}) or ignore_index {ignore_index}, got {int(wrong[0])}"
         )
+
+
+def assert_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Stop the device on a label outside [0, classes), without waiting for it.
+
+    As torch's own cross entropy does: the next call that waits raises "device-side assert
+    triggered", and the message below is on standard error.
+    """
+    if target.device.type != "cuda" or target.numel() == 0:
+        return
+    known = ((target >= 0) & (target < classes)) | (target == ignore_index)
+    torch._assert_async(
+        known.all(), f"target must be in [0, {classes}) or ignore_index {ignore_index}"
+    )
 
 
 def check_classes(

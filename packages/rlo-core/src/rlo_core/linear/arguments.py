@@ -10,6 +10,7 @@ from torch import Tensor
 from rlo_core._arguments import (
     TensorError,
     TensorTypeError,
+    assert_labels,
     check_labels,
     check_reduction,
     check_smoothing,
@@ -17,7 +18,7 @@ from rlo_core._arguments import (
 from rlo_core.linear.plan import autocast_enabled
 from rlo_core.links import Link
 
-Impl = Literal["auto", "chunked", "torch", "cce"]
+Impl = Literal["auto", "chunked", "two-pass", "torch", "cce"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 
 
@@ -42,7 +43,9 @@ def check_linear(
     check_reduction(reduction)
     check_smoothing(label_smoothing)
     if impl not in IMPLS:
-        raise ValueError(f"impl must be 'auto', 'chunked', 'torch' or 'cce', got {impl!r}")
+        raise ValueError(
+            f"impl must be 'auto', 'chunked', 'two-pass', 'torch' or 'cce', got {impl!r}"
+        )
     if not isinstance(link, Link):
         raise TypeError(f"link must be a rlo_core.links.Link, got {type(link).__name__}")
     if softcap is not None and not softcap > 0:
@@ -86,3 +89,4 @@ def check_linear(
                     "cast one of them or use torch.autocast"
                 )
     check_labels(target, classes, ignore_index)
+    assert_labels(target, classes, ignore_index)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlo_core._cross_entropy import apply_link
-from rlo_core.linear.link_codes import is_built_in
+from rlo_core.linear.link_codes import slope_is_bounded
 from rlo_core.linear.settings import Settings
-from rlo_core.links import Link, RootedConvex
+from rlo_core.links import Link
 
 HOW_TO_INSTALL = "pip install 'rlo-core[cce]'"
 
@@ -40,7 +40,7 @@ def filter_eps(link: Link) -> str | None:
     known. A bounded slope keeps what is dropped small; that of the convex link, or of a link of
     your own, may have no bound.
     """
-    return "auto" if is_built_in(link) and type(link) is not RootedConvex else None
+    return "auto" if slope_is_bounded(link) else None
 
 
 def cce_rows(

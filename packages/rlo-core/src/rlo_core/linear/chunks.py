@@ -6,17 +6,25 @@ the chunk's logits are still there, and no chunk is computed twice.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlo_core.linear.blocks import (
+    finished,
+    gradient,
+    losses,
+    needs_spread,
+    new_state,
+    spread,
+    statistics,
+    uses_kernels,
+)
 from rlo_core.linear.settings import Settings
-from rlo_core.linear.tile import rows_loss, rows_loss_spread, working_dtype
+from rlo_core.linear.tile import rows_loss, working_dtype
 from rlo_core.links import Link
 
 VOCABULARY_BLOCK = 8192
@@ -46,10 +54,9 @@ def chunk_size(tokens: int, rows: int) -> int:
     return max(1, -(-tokens // chunks))
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton is there; it comes with torch on Linux."""
-    return importlib.util.find_spec("triton") is not None
+def sums_products_wide(x: Tensor) -> bool:
+    """Whether half-precision products can be added to a float32 sum without a copy (CUDA)."""
+    return x.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def drops_ignored(device: torch.device) -> bool:
@@ -146,37 +153,31 @@ def _rows(
     tile: Tensor, target: Tensor, skip: Tensor | None, link: Link, s: Settings
 ) -> tuple[Tensor, Tensor]:
     """Loss and scale of a tile, which becomes its gradient; rows to skip become zero."""
-    plain = s.label_smoothing == 0.0 and not s.group
-    if plain and tile.device.type == "cuda" and tile.dtype != torch.float64 and has_triton():
-        from rlo_core.linear.triton_kernels import cross_entropy_rows
-
-        ce = cross_entropy_rows(
-            tile,
-            target,
-            ignore_index=s.ignore_index,
-            softcap=s.softcap,
-            with_gradient=s.any_grad,
-        )
-        return link.value(ce), link.slope(ce)
-    if skip is not None:
-        target = target.masked_fill(skip, 0)
-    if plain:
-        found = rows_loss(tile, target, link, softcap=s.softcap, with_gradient=s.any_grad)
-    else:
-        found = rows_loss_spread(
-            tile,
-            target,
-            link,
-            softcap=s.softcap,
-            smoothing=s.label_smoothing,
-            first_class=s.first_class,
-            classes=s.classes,
-            ranks=s.ranks,
-            with_gradient=s.any_grad,
-        )
-    if skip is not None and s.any_grad:
-        tile.masked_fill_(skip.unsqueeze(1), 0.0)
-    return found
+    if s.label_smoothing == 0.0 and not s.group and not uses_kernels(tile, link, s):
+        safe = target if skip is None else target.masked_fill(skip, 0)
+        found = rows_loss(tile, safe, link, softcap=s.softcap, with_gradient=s.any_grad)
+        if skip is not None and s.any_grad:
+            tile.masked_fill_(skip.unsqueeze(1), 0.0)
+        return found
+    target = target.contiguous()
+    work, first = working_dtype(tile.dtype), s.first_class
+    state = new_state(len(target), tile, work)
+    statistics(tile, target, state, link, s, first=first)
+    rows, sums = finished(state, target, s, width=tile.shape[1]), None
+    if needs_spread(link, s):
+        sums = state.new_zeros((2, len(target)))
+        spread(tile, target, rows, sums, link, s)
+        sums = sums if s.ranks is None else s.ranks.sum_(sums)
+    value, slope, scale = losses(rows, sums, link, s)
+    if s.any_grad:
+        numbers = [*rows[:3]]
+        if s.label_smoothing > 0.0:
+            safe = scale.clamp(min=torch.finfo(work).tiny)  # all slopes can underflow together
+            share = s.label_smoothing / s.classes
+            off = slope / safe * (1.0 - s.label_smoothing)
+            numbers += [torch.ones_like(scale), off, share / safe]
+        gradient(tile, target, torch.stack(numbers), link, s, first=first)
+    return value, scale
 
 
 def _accumulate(
@@ -213,6 +214,13 @@ def _accumulate(
     if sums.weight_grad is None:
         return
     scaled = (h * s.unsqueeze(1)).to(tile.dtype)
+    if unit is None and sums_products_wide(tile):
+        if first:
+            torch.mm(tile.t(), scaled, out_dtype=s.dtype, out=sums.weight_grad)
+        else:
+            total = sums.weight_grad
+            torch.addmm(total, tile.t(), scaled, out_dtype=s.dtype, out=total)
+        return
     for start in range(0, tile.shape[1], VOCABULARY_BLOCK):
         classes = slice(start, start + VOCABULARY_BLOCK)
         part = torch.mm(tile[:, classes].t(), scaled)

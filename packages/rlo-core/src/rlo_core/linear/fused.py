@@ -16,7 +16,7 @@ from rlo_core.linear.cce import cce_rows, check_cce
 from rlo_core.linear.link_codes import is_built_in
 from rlo_core.linear.ops import LossRows, LossSum, linear_loss_rows, linear_loss_sum
 from rlo_core.linear.parallel import Shard, local_tensors
-from rlo_core.linear.plan import compute_dtype, plan_linear_loss
+from rlo_core.linear.plan import compute_dtype, plan_of
 from rlo_core.linear.settings import Settings
 from rlo_core.linear.tile import working_dtype
 from rlo_core.linear.torch_impl import torch_rows
@@ -52,7 +52,8 @@ def link_linear_cross_entropy(
         weight: (V, D), the dtype of `hidden` unless under autocast. A frozen weight (no
             `requires_grad`) saves its product. A DTensor that is sharded over the vocabulary is
             tensor parallelism: `hidden` and `target` are then the same on every rank.
-        target: int64, (...), each in [0, V) or `ignore_index`.
+        target: int64, (...), each in [0, V) or `ignore_index`. A label that is neither is an error
+            on a CPU, and on CUDA a device-side assertion and a loss of NaN.
         link: The map from cross entropy to loss.
         bias: (V) or None.
         ignore_index: Tokens with this target give 0 and are not counted; on the CPU they are
@@ -65,10 +66,13 @@ def link_linear_cross_entropy(
         softcap: Logits become `softcap * tanh(logits / softcap)`; None for as they are.
         shift: True predicts `target[..., t + 1]` from `hidden[..., t, :]`, for causal language
             models; `token_weight` shifts with `target`.
-        impl: "chunked"; "torch", all logits at once, differentiable twice; "cce", the package
+        impl: "chunked", over tokens; "two-pass", over classes, with the weight's gradient written
+            once in the weight's dtype (in float32 where `weight.grad_dtype` says so) and a fourth
+            product; "torch", all logits at once, differentiable twice; "cce", the package
             cut-cross-entropy (CUDA); "auto" chooses.
         memory_budget: Bytes for the logits that exist at a time; None for 512 tokens' in float32
-            (1024 in bfloat16) on a CPU, a quarter of the weight's size on CUDA (256 MiB at least).
+            (1024 in bfloat16) on a CPU, a quarter of the weight's size on CUDA (256 MiB at least),
+            8192 classes' in two passes (256 MiB at most).
         explain: Print to standard error what was chosen, and why.
 
     Returns:
@@ -136,16 +140,19 @@ def sharded_loss(
         memory_budget=memory_budget,
     )
     if shard.group_name and impl in ("torch", "cce"):
-        raise ValueError(f"a vocabulary-parallel weight needs impl='chunked', got {impl!r}")
-    plan = plan_linear_loss(
+        raise ValueError(
+            f"a vocabulary-parallel weight needs impl='chunked' or 'two-pass', got {impl!r}"
+        )
+    plan = plan_of(
         hidden,
         weight,
         link,
-        bias=bias,
+        bias,
         label_smoothing=label_smoothing,
         reduction=reduction,
-        impl="chunked" if shard.group_name else impl,
+        impl=impl,
         memory_budget=memory_budget,
+        sharded=bool(shard.group_name),
     )
     if explain and not torch.compiler.is_compiling():
         print(plan, file=sys.stderr)
@@ -162,6 +169,7 @@ def sharded_loss(
         softcap=softcap,
         compute=compute_dtype(hidden),
         rows=plan.rows,
+        columns=plan.columns,
         first_class=shard.first_class,
         classes=shard.classes,
         group=shard.group_name,
@@ -208,7 +216,7 @@ def _rows(
     inside = link if settings.label_smoothing > 0.0 else CE()
     settings = settings.with_link(inside).with_grads(hidden, weight, bias)
     apply = linear_loss_rows if _has_no_values(hidden) else LossRows.apply
-    loss: Tensor = apply(hidden, weight, bias, target, *settings.arguments())
+    loss: Tensor = apply(hidden, weight, bias, target, *settings.arguments())[0]
     return loss if inside is link else apply_link(loss, link)
 
 
@@ -284,7 +292,7 @@ def rooted_linear_loss(
         reduction: "mean", "sum" or "none".
         softcap: Cap of the logits, or None.
         shift: Predict the next token's target.
-        impl: "auto", "chunked", "torch" or "cce".
+        impl: "auto", "chunked", "two-pass", "torch" or "cce".
         memory_budget: Bytes for the logits that exist at a time.
         explain: Print what was chosen, and why.
     """

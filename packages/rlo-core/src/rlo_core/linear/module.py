@@ -25,7 +25,7 @@ class LinkLinearCrossEntropy(nn.Module):
         reduction: "mean", "sum" or "none".
         softcap: Cap of the logits, or None.
         shift: Predict the next token's target.
-        impl: "auto", "chunked", "torch" or "cce".
+        impl: "auto", "chunked", "two-pass", "torch" or "cce".
         memory_budget: Bytes for the logits that exist at a time.
     """
 

@@ -1,7 +1,8 @@
 """The chunk loop as differentiable functions, for eager calls and for torch.compile.
 
 `loss_sum` has its gradients ready when it returns; `loss_rows` computes the logits again in its
-backward pass, where the weight of each token becomes known. Both exist twice over the same code: as
+backward pass, where the weight of each token becomes known, by chunks of tokens or in the second of
+two passes over blocks of classes. Both exist twice over the same code: as
 an autograd function, and as an operator of torch's dispatcher that torch.compile keeps whole. An
 eager call does not go through the operator, because its first call imports torch._dynamo (5 s).
 """
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlo_core.linear import two_pass
 from rlo_core.linear.chunks import run_chunks
 from rlo_core.linear.settings import NAMES, SCHEMA, Settings
 from rlo_core.linear.tile import working_dtype
@@ -55,7 +57,7 @@ def _times_now(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.detach()  # a saved output carries a graph
     if factor.dim() == 0 and factor.device.type == "cpu" and factor.item() == 1.0:
         return x.to(dtype, copy=True)
-    if x.dtype == dtype or x.device.type != "cpu":
+    if x.dtype == dtype:
         return _times(x, factor, dtype)
     out = torch.empty_like(x, dtype=dtype)
     for start in range(0, len(x), 4096):
@@ -107,7 +109,7 @@ def _sum_backward(
     if s.hidden_grad:
         dh = times(hidden_sum, (scale * grad).unsqueeze(1), hidden.dtype)
     if s.weight_grad:
-        dw = times(weight_sum, grad, weight.dtype)
+        dw = times(weight_sum, grad, s.weight_dtype)
     if s.bias_grad:
         db = times(bias_sum, grad, ctx.bias_dtype)
     grads = (_once(g, hidden, weight) for g in (dh, dw, db))
@@ -154,14 +156,18 @@ def _(
 
 def rows_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
-) -> Tensor:
-    """Return the loss of each token, (N)."""
-    s = Settings.of(settings).without_grads()
-    return run_chunks(hidden, weight, bias, target, None, s).loss
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each token, (N), and what the second of two passes needs of it."""
+    s = Settings.of(settings)
+    if s.columns:
+        return two_pass.forward(hidden, weight, bias, target, s)
+    loss = run_chunks(hidden, weight, bias, target, None, s.without_grads()).loss
+    return loss, loss.new_empty(0)
 
 
 def rows_backward(
     grad: Tensor,
+    kept: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -169,28 +175,41 @@ def rows_backward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of sum(grad * loss) by hidden, weight, bias; empty where not needed."""
-    sums = run_chunks(hidden, weight, bias, target, grad, Settings.of(settings))
+    s = Settings.of(settings)
+    if s.columns:
+        found = two_pass.backward(grad, hidden, weight, bias, target, kept, s)
+        return (
+            _or_empty(found.hidden, hidden),
+            _or_empty(found.weight, hidden),
+            _or_empty(found.bias, hidden),
+        )
+    sums = run_chunks(hidden, weight, bias, target, grad, s)
     dh = dw = db = None
     if sums.hidden_grad is not None:
         dh = _times_now(sums.hidden_grad, sums.scale.unsqueeze(1), hidden.dtype)
     if sums.weight_grad is not None:
-        dw = sums.weight_grad.to(weight.dtype)
+        dw = sums.weight_grad.to(s.weight_dtype)
     if sums.bias_grad is not None and bias is not None:
         db = sums.bias_grad.to(bias.dtype)
     return _or_empty(dh, hidden), _or_empty(dw, hidden), _or_empty(db, hidden)
 
 
-def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.settings = s = Settings.of(inputs[4:])
     if s.knobs is None:
         ctx.link = s.decoded()  # a link of the user's own has to outlive the graph
-    ctx.save_for_backward(*inputs[:4])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], output[1])
 
 
-def _rows_backward(ctx: Any, grad: Tensor, run: Any = rows_backward) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, target = ctx.saved_tensors
+def _rows_backward(
+    ctx: Any, grad: Tensor | None, _: Any = None, run: Any = rows_backward
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, target, kept = ctx.saved_tensors
     s: Settings = ctx.settings
-    found = run(grad.contiguous(), hidden, weight, bias, target, *s.arguments())
+    if grad is None:
+        return (None,) * (4 + len(NAMES))
+    found = run(grad.contiguous(), kept.detach(), hidden, weight, bias, target, *s.arguments())
     needs = (s.hidden_grad, s.weight_grad, s.bias_grad)
     grads = (
         _once(g, hidden, weight) if need else None for g, need in zip(found, needs, strict=True)
@@ -211,13 +230,13 @@ linear_loss_rows = torch.library.custom_op(
     "rlo_core::linear_loss_rows",
     rows_forward,
     mutates_args=(),
-    schema=f"({TENSORS}, {SCHEMA}) -> Tensor",
+    schema=f"({TENSORS}, {SCHEMA}) -> (Tensor, Tensor)",
 )
 linear_loss_rows_backward = torch.library.custom_op(
     "rlo_core::linear_loss_rows_backward",
     rows_backward,
     mutates_args=(),
-    schema=f"(Tensor grad, {TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor kept, {TENSORS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 linear_loss_rows.register_autograd(
     partial(_rows_backward, run=linear_loss_rows_backward), setup_context=_rows_context
@@ -227,13 +246,17 @@ linear_loss_rows.register_autograd(
 @linear_loss_rows.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any
-) -> Tensor:
-    return hidden.new_empty(target.shape, dtype=working_dtype(Settings.of(settings).compute))
+) -> tuple[Tensor, Tensor]:
+    s = Settings.of(settings)
+    work = working_dtype(s.compute)
+    kept = (two_pass.kept_numbers(s), *target.shape) if s.columns else (0,)
+    return hidden.new_empty(target.shape, dtype=work), hidden.new_empty(kept, dtype=work)
 
 
 @linear_loss_rows_backward.register_fake
 def _(
     grad: Tensor,
+    kept: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -241,8 +264,9 @@ def _(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = Settings.of(settings)
+    weight_shape: Any = weight.shape if s.weight_grad else 0
     return (
         hidden.new_empty(hidden.shape if s.hidden_grad else 0),
-        weight.new_empty(weight.shape if s.weight_grad else 0),
+        weight.new_empty(weight_shape, dtype=s.weight_dtype),
         weight.new_empty(0) if bias is None or not s.bias_grad else bias.new_empty(bias.shape),
     )

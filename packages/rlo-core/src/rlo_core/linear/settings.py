@@ -49,6 +49,10 @@ class Settings:
     softcap: float | None = None
     rows: int = 512
     """Tokens per chunk, at most."""
+    columns: int = 0
+    """Classes per block of the two passes; 0 for the loop over chunks of tokens."""
+    weight_dtype: torch.dtype = torch.float32
+    """Dtype of the weight's gradient."""
     link: str = "ce"
     """The link as a code, see `link_codes`, and its two numbers."""
     a: float = 0.0
@@ -94,7 +98,14 @@ class Settings:
         hidden_grad, weight_grad, bias_grad = (
             recording and t is not None and t.requires_grad for t in (hidden, weight, bias)
         )
-        return replace(self, hidden_grad=hidden_grad, weight_grad=weight_grad, bias_grad=bias_grad)
+        dtype = self.weight_dtype if weight is None else gradient_dtype(weight)
+        return replace(
+            self,
+            weight_dtype=dtype,
+            hidden_grad=hidden_grad,
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+        )
 
     def without_grads(self) -> Settings:
         """Return these settings for the loss alone."""
@@ -108,6 +119,13 @@ class Settings:
     def of(cls, arguments: Sequence[Any]) -> Self:
         """Undo `arguments`."""
         return cls(*arguments)
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype a weight's gradient is wanted in: its `grad_dtype` where torch has one."""
+    if torch.compiler.is_compiling() or not weight.is_leaf:
+        return weight.dtype
+    return getattr(weight, "grad_dtype", None) or weight.dtype
 
 
 NAMES = tuple(field.name for field in fields(Settings))

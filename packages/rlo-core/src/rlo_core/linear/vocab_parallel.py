@@ -84,7 +84,7 @@ def vocab_parallel_linear_cross_entropy(
         reduction=reduction,
         softcap=softcap,
         shift=shift,
-        impl="chunked",
+        impl="auto",
         memory_budget=memory_budget,
         explain=False,
     )
