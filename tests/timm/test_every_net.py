@@ -65,4 +65,4 @@ def test_each_network_trains_on_each_data_set(
     )
     result = train(settings, fast_dev_run=True)
     assert seen.classes == CLASSES[dataset]
-    assert result.ce is not None and result.ce == result.ce
+    assert 0.0 < result.ce < 20.0
