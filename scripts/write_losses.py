@@ -198,10 +198,15 @@ def exports(text: str) -> str:
 
 
 def entry_points(text: str) -> str:
-    """Return pyproject.toml with the entry points of all built-in losses."""
+    """Return pyproject.toml with the entry points of all built-in losses; others are kept."""
     lines = [f'{name} = "rlo_core.modules:{link.criterion}"\n' for name, link in BUILT_IN.items()]
-    pattern = r'(\[project\.entry-points\."rlo_core\.losses"\]\n)(?:.+\n)*'
-    return re.sub(pattern, lambda found: found[1] + "".join(lines), text)
+    pattern = r'(\[project\.entry-points\."rlo_core\.losses"\]\n)((?:.+\n)*)'
+
+    def section(found: re.Match[str]) -> str:
+        others = [s for s in found[2].splitlines(True) if "rlo_core.modules:" not in s]
+        return found[1] + "".join(lines + others)
+
+    return re.sub(pattern, section, text)
 
 
 def formatted(path: Path, text: str) -> str:

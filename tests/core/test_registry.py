@@ -23,7 +23,8 @@ from rlo_core import (
 from rlo_core.links import RootedConvex
 from rlo_core.registry import LossSpec, load_factory, loss_options
 
-OURS = ["ce", "dft", "focal", "gce", "poly1", "rlo", "rlo-convex"]
+LINKS = ["agce", "ce", "dft", "focal", "gce", "poly1", "rlo", "rlo-convex", "sce"]
+OURS = sorted([*LINKS, "anl", "jal", "smooth-ce", "tempered-ce"])
 LIST = ", ".join(OURS)
 
 
@@ -31,8 +32,8 @@ def test_our_own_losses_come_through_the_entry_points() -> None:
     assert [name for name, package in available_losses().items() if "rlo-core" in package] == OURS
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_each_of_our_losses_is_made_called_and_has_a_link(name: str) -> None:
+@pytest.mark.parametrize("name", LINKS)
+def test_each_of_our_links_is_made_called_and_has_a_link(name: str) -> None:
     criterion = create_loss(name, reduction="sum", ignore_index=-1, label_smoothing=0.1)
     logits = torch.randn(3, 4, requires_grad=True)
     criterion(logits, torch.tensor([0, -1, 2])).backward()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from rlo_core.errors import SpecError
-from rlo_core.registry import available_losses
+from rlo_core.registry import available_losses, create_loss, link_of
 from rlo_stylegan.criterion import GanLoss
 from rlo_stylegan.spec import gan_spec, notice
 
@@ -68,7 +68,7 @@ def test_where_the_released_form_is_inf_then_nan_ours_is_finite(
     assert (x.grad > 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(available_losses()))
+@pytest.mark.parametrize("name", [n for n in available_losses() if link_of(create_loss(n))])
 @given(x=st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_every_registered_loss_is_finite_for_any_float32_logit(name: str, x: float) -> None:
     logit = torch.tensor(x, requires_grad=True)

@@ -31,10 +31,19 @@ class PluginGroup:
 LOSSES = PluginGroup("rlo_core.losses", "loss")
 GATES = PluginGroup("rlo_core.gates", "gate")
 HOSTS = PluginGroup("rlo_core.hosts", "host")
+COMPARERS = PluginGroup("rlo_core.comparers", "comparison")
 DEMOS = PluginGroup("rlo_core.demos", "demo part")
 MODEL_LOADERS = PluginGroup("rlo_core.model_loaders", "model loader")
 ADAPTER_INITIALIZERS = PluginGroup("rlo_core.adapter_initializers", "adapter initializer")
-GROUPS: tuple[PluginGroup, ...] = (LOSSES, GATES, HOSTS, DEMOS, MODEL_LOADERS, ADAPTER_INITIALIZERS)
+GROUPS: tuple[PluginGroup, ...] = (
+    LOSSES,
+    GATES,
+    HOSTS,
+    COMPARERS,
+    DEMOS,
+    MODEL_LOADERS,
+    ADAPTER_INITIALIZERS,
+)
 """All groups, as `rlo doctor` checks them."""
 
 

@@ -11,6 +11,7 @@ import click
 
 from rlo_core import __version__
 from rlo_core.cli.groups import HostGroup, format_table
+from rlo_core.compare.command import compare
 from rlo_core.errors import RLOError
 
 
@@ -142,3 +143,6 @@ def demo(parts: tuple[str, ...], out: Path, as_json: bool) -> None:
         click.echo(json.dumps({"folder": str(out), "parts": summaries}, indent=2, default=str))
     else:
         click.echo(f"wrote {out / 'report.html'}")
+
+
+main.add_command(compare)
