@@ -100,7 +100,8 @@ def bad_plugin(install: Callable[..., None]) -> None:
 @pytest.fixture
 def leaving_plugin(install: Callable[..., None]) -> None:
     """A package whose every plug-in calls sys.exit when it is imported."""
-    groups = ["losses", "gates", "hosts", "demos", "model_loaders", "adapter_initializers"]
+    groups = ["losses", "gates", "hosts", "comparers", "demos", "model_loaders"]
+    groups.append("adapter_initializers")
     install(
         "leaving",
         "1.0",
