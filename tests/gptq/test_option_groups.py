@@ -74,6 +74,7 @@ def test_help_shows_each_group_under_its_heading():
     headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings == [
         "Bits and grids:",
+        "Size:",
         "Incoherence:",
         "Rounding:",
         "Calibration:",

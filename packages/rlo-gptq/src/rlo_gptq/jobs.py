@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rlo_gptq.bit_rules import parse_rules
+from rlo_gptq.budget import Budget
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
 
@@ -34,6 +36,7 @@ class QuantizeResult:
         block_error_before: Mean error of the blocks on held-out sequences, before `tune`.
         block_error_after: The same afterwards.
         end_to_end: What the tuning end to end reports, if there was one.
+        allocation: The bits that were chosen within a size, and what is predicted of them.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class QuantizeResult:
     block_error_before: float | None = None
     block_error_after: float | None = None
     end_to_end: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
 
 
 def quantize(
@@ -64,6 +68,9 @@ def quantize(
     layer: LayerSettings | None = None,
     embed_bits: int | None = None,
     head_bits: int | None = None,
+    bits: str | Mapping[str, int] = "",
+    max_bytes: int | None = None,
+    average_bits: float | None = None,
     rotate: str | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
@@ -94,6 +101,11 @@ def quantize(
         embed_bits: Bits of the token embedding; 16 and 32 leave it; None is 8 where layers have at
             most 4.
         head_bits: Bits of the output head, likewise; a tied head has those of the embedding.
+        bits: Of some layers, by parts of their names: "mlp.down_proj=4,layers.0=6" or a mapping; of
+            two that match the later wins.
+        max_bytes: Choose the bits of every layer, of embedding and head, within this size of the
+            weight files, from probes of each layer's effect on the output.
+        average_bits: The same, within the size of a uniform model of so many bits.
         rotate: "fold" folds random rotations into the weights: incoherence at no run-time cost.
         nsamples: Calibration sequences.
         seqlen: Tokens in each; None is the model's length, at most 2048.
@@ -163,10 +175,16 @@ def quantize(
         embed_bits=embed_bits,
         head_bits=head_bits,
         gguf=gguf,
+        bits=parse_rules(bits) if bits else (),
     )
+    budget = None
+    if max_bytes is not None or average_bits is not None:
+        budget = Budget(max_bytes, average_bits)
     from rlo_gptq.pipeline.run import run_quantization
 
-    document = run_quantization(options, Path(save), device=device, progress=progress)
+    document = run_quantization(
+        options, Path(save), device=device, progress=progress, budget=budget
+    )
     return None if document is None else quantize_result(document)
 
 

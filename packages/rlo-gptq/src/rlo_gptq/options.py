@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlo_gptq.bit_rules import Rules
 from rlo_gptq.settings import BITS, EndToEndSettings, LayerSettings, TuneSettings, one_of
 
 PLAIN = "plain"
@@ -41,6 +42,7 @@ class Options:
         formats: Other formats it is going to be written in; what they cannot hold is refused before
             anything is done.
         gguf: The type of a GGUF file to make instead of a checkpoint, e.g. "Q4_K_M".
+        bits: Rules for the bits of some layers, see `rlo_gptq.bit_rules`; of two the later wins.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Options:
     head_bits: int | None = None
     formats: tuple[str, ...] = ()
     gguf: str | None = None
+    bits: Rules = ()
 
     def __post_init__(self) -> None:
         for name in ("embed_bits", "head_bits"):
@@ -78,6 +81,8 @@ class Options:
         for name in ("model", "dataset", "offload", "trust_remote_code", "split", "formats"):
             del deciding[name]
         del deciding["end_to_end"]
+        if not self.bits:  # as before there were any
+            del deciding["bits"]
         return deciding
 
 

@@ -143,6 +143,17 @@ class LayerSettings:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
 
+    def with_bits(self, bits: int) -> LayerSettings:
+        """Return the settings of a layer with other bits; a trellis has 2, others a scalar grid.
+
+        Raises:
+            ValueError: there is no grid of so many bits.
+        """
+        if bits == self.bits:
+            return self
+        grid: GridKind = "scalar" if bits != 2 else self.grid
+        return dataclasses.replace(self, bits=bits, grid=grid)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerSettings:
         """Build settings from `to_dict`'s mapping.

@@ -76,10 +76,13 @@ def quantize_options(
     tuned = made.get("tune")
     if tune is not None:
         tuned = (tuned or {}) if tune else None
+    quantization = read_quantization(base)
+    of_layers: dict[str, int] = quantization.get("bits") or {}
     return Options(
         model=str(base),
         dataset=dataset,
-        layer=LayerSettings.from_dict(read_quantization(base)["settings"]),
+        layer=LayerSettings.from_dict(quantization["settings"]),
+        bits=tuple((f"{quantization['blocks']}.{name}", of_layers[name]) for name in of_layers),
         **{
             **kept,
             **{name: value for name, value in changes.items() if value is not None},
@@ -98,6 +101,8 @@ _KEPT = (
     "dtype",
     "hessian",
     "hessian_energy",
+    "embed_bits",
+    "head_bits",
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlo_gptq.bit_rules import described
 from rlo_gptq.settings import LayerSettings
 
 _TEMPLATE = """---
@@ -13,7 +14,7 @@ library_name: transformers
 {base_line}tags:
 - rlo-gptq
 - quantized
-- {bits}-bit
+- {tag}
 ---
 
 # {name}, {bits} bits
@@ -77,13 +78,15 @@ def model_card(
         f"| `{r['layer']}` | {r['rows']} x {r['columns']} | {float(r['proxy']):.5f} |"
         for r in worst
     )
+    widths = [int(r.get("bits", settings.bits)) for r in records] or [settings.bits]
     kinds = ["rotations folded into the weights (`--rotate fold`)"] if folded else []
     kinds += [f"`{settings.incoherence}`"] if settings.incoherence != "none" else []
     return _TEMPLATE.format(
         base_line=f"base_model: {base}\n" if hub else "",
         base=f"`{shown}`",
         name=shown,
-        bits=settings.bits,
+        bits=described(widths),
+        tag=f"{settings.bits}-bit" if len(set(widths)) == 1 else "mixed-precision",
         version=version,
         method=settings.method,
         incoherence=" and ".join(kinds) or "`none`",

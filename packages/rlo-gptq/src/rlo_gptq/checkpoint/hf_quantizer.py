@@ -7,7 +7,6 @@ registered.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -176,7 +175,7 @@ def swap_linears(model: PreTrainedModel, config: RLOGPTQConfig, dtype: torch.dty
             quantized = QuantLinear(
                 linear.in_features,
                 linear.out_features,
-                replace(default, bits=bits),
+                default.with_bits(bits),
                 bias=linear.bias is not None,
                 dtype=dtype,
                 device="meta",

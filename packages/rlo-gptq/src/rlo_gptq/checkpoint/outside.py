@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -70,7 +70,7 @@ def with_settings(default: LayerSettings, bits: object, name: str) -> LayerSetti
     require(good, f"{name} must be one of {', '.join(map(str, BITS))}, got {bits!r}")
     assert isinstance(bits, int)
     try:
-        return replace(default, bits=bits)
+        return default.with_bits(bits)
     except ValueError as error:
         raise CheckpointError(f"quantization_config: {error}") from error
 

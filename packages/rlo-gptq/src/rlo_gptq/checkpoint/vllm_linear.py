@@ -106,7 +106,8 @@ class VLLMConfig(QuantizationConfig):  # type: ignore[misc]
             )
         if config.get("bits"):
             raise ValueError(
-                "layers must share one number of bits to be served by vLLM, got --bits"
+                "layers must share one number of bits to be served by vLLM, got several; quantize "
+                "without --bits, --bytes and --average-bits"
             )
         return cls(LayerSettings.from_dict(config["settings"]), config["blocks"], config["modules"])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rlo_gptq.budget import PROBE_TOKENS
 from rlo_gptq.cli import options as shared
 from rlo_gptq.cli.formats import check_peers, described, export_and_verify
 from rlo_gptq.cli.groups import GroupedCommand, filled
@@ -19,14 +20,17 @@ from rlo_gptq.cli.quantize_groups import (
     Rotation,
     Rounding,
     Running,
+    Size,
     Tuning,
 )
 from rlo_gptq.cli.quantize_options import chosen_options
+from rlo_gptq.cli.sizes import config
 from rlo_gptq.cli.tune import EndToEnd
 from rlo_gptq.cli.tune import described as tuning_described
 from rlo_gptq.pipeline.run import run_quantization as run_quantization
 
 if TYPE_CHECKING:
+    from rlo_gptq.budget import Budget
     from rlo_gptq.options import Options
 
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("dataset")
 @filled("grid", Grid)
+@filled("size", Size)
 @filled("rotation", Rotation)
 @filled("rounding", Rounding)
 @filled("calibration", Calibration)
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 @filled("formats", Formats)
 @filled("running", Running)
 @shared.save
+@config
 @both_spellings("dry-run", is_flag=True, help="Print plan, memory and time; do nothing.")
 @shared.as_json
 def quantize(
@@ -52,6 +58,7 @@ def quantize(
     as_json: bool,
     *,
     grid: Grid,
+    size: Size,
     rotation: Rotation,
     rounding: Rounding,
     calibration: Calibration,
@@ -74,10 +81,16 @@ def quantize(
         running=running,
     )
     if dry_run:
-        _print_plan(options, running.device, as_json=as_json)
+        _print_plan(options, running.device, budget=size.budget, as_json=as_json)
         return
     check_peers(formats.peers, options.formats)
-    document = run_quantization(options, folder, device=running.device)
+    document = run_quantization(
+        options,
+        folder,
+        device=running.device,
+        budget=size.budget,
+        probe_tokens=size.probe_tokens or PROBE_TOKENS,
+    )
     if document is None:  # not the first process
         return
     document["exports"] = [
@@ -98,6 +111,8 @@ def _show(document: dict[str, Any]) -> None:
         f"({document['worst_layer']}), {document['bytes'] / MB:.1f} MB, "
         f"{document['seconds']:.1f} s: {document['folder']}"
     )
+    if "allocation" in document:
+        _show_allocation(document["allocation"])
     if "block_error_before" in document:
         click.echo(
             f"blocks tuned: mean error on held-out sequences {document['block_error_before']:.4g} "
@@ -109,7 +124,30 @@ def _show(document: dict[str, Any]) -> None:
         click.echo(described(exported))
 
 
-def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
+def _show_allocation(found: dict[str, Any]) -> None:
+    """Print the bits that were chosen, a row for each kind of layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found['mean_bits']:.3f} bits a layer's weight on average, "
+        f"{found['bytes'] / MB:.2f} MB of {found['budget_bytes'] / MB:.2f} MB, predicted KL "
+        f"divergence {found['predicted_kl']:.4g}"
+    )
+    for name in ("layers", "mean bits", "how many have which", "MB", "predicted KL"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for row in found["kinds"]:
+        table.add_row(
+            row["kind"],
+            f"{row['bits']:.2f}",
+            row["widths"],
+            f"{row['bytes'] / MB:.3f}",
+            f"{row['kl']:.4g}",
+        )
+    Console().print(table)
+
+
+def _print_plan(options: Options, device: str, *, budget: Budget | None, as_json: bool) -> None:
     import torch
 
     from rlo_gptq.models.fold import check_foldable
@@ -129,6 +167,11 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
         family = check_foldable(source.config.to_dict())
         folded = family.rotation if find_outside(source.model)[2] else None
     plan = discover(source, options, folded=folded)
+    sizes: dict[str, Any] = {}
+    if budget is not None:
+        from rlo_gptq.allocation.run import size_range
+
+        sizes = size_range(source, options, budget, folded=folded)
     tuned: dict[str, int] = {}
     if options.end_to_end is not None:
         from rlo_gptq.tuning.memory import packed_config, plan_tuning
@@ -138,6 +181,7 @@ def _print_plan(options: Options, device: str, *, as_json: bool) -> None:
     source.close()
     document = {
         **plan.summary,
+        **sizes,
         "seqlen": plan.seqlen,
         "nsamples": options.nsamples,
         "settings": options.layer.to_dict(),

@@ -7,7 +7,9 @@ from typing import Literal
 
 import click
 
+from rlo_gptq.budget import PROBE_TOKENS, Budget
 from rlo_gptq.cli.groups import option
+from rlo_gptq.cli.sizes import Bytes
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.settings import (
     BITS,
@@ -30,6 +32,13 @@ class Grid:
     """Bits and grids."""
 
     wbits: int = option(type=click.Choice(BITS), default=LayerSettings.bits, show_default=True)
+    bits: tuple[str, ...] = option(
+        multiple=True,
+        default=(),
+        metavar="NAME=BITS,...",
+        help="Bits of some layers, by parts of their names, e.g. mlp.down_proj=4,layers.0=6; of "
+        "two that match the later wins. Repeatable.",
+    )
     embed_bits: int | None = option(
         type=_STORED,
         help="Bits of the token embedding; by default 8 where --wbits is at most 4. 16, 32: left "
@@ -68,6 +77,38 @@ class Grid:
     qfn: Literal["a", "b"] | None = option(
         type=click.Choice(["a", "b"]), help="a: --asym --integer-zero; b: --sym."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Size."""
+
+    bytes: int | None = option(
+        type=Bytes(),
+        help="Choose the bits of every layer, of embedding and head so that the weight files have "
+        "at most this size, e.g. 60MB.",
+    )
+    average_bits: float | None = option(
+        type=click.FloatRange(BITS[0], BITS[-1]),
+        help="The same, within the size that a uniform model of so many bits would have: 2.5.",
+    )
+    probe_tokens: int | None = option(
+        type=click.IntRange(min=2),
+        help=f"Over which each layer's effect on the output is measured: {PROBE_TOKENS}.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.bytes is not None and self.average_bits is not None:
+            raise ValueError("--bytes and --average-bits exclude each other")
+        if self.budget is None and self.probe_tokens is not None:
+            raise ValueError("--probe-tokens needs --bytes or --average-bits")
+
+    @property
+    def budget(self) -> Budget | None:
+        """How large the files may be; None where that is not asked for."""
+        if self.bytes is None and self.average_bits is None:
+            return None
+        return Budget(self.bytes, self.average_bits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import click
 
+from rlo_gptq.bit_rules import BitRuleError, Rules, parse_rules
 from rlo_gptq.cli.groups import was_given
 from rlo_gptq.cli.quantize_groups import (
     Calibration,
@@ -80,11 +81,21 @@ def chosen_options(
         end_to_end=end_to_end.settings(seqlen=calibration.seqlen, seed=calibration.seed)
         if "e2e" in tuning.stages
         else None,
+        bits=_rules(grid.bits),
         embed_bits=grid.embed_bits,
         head_bits=grid.head_bits,
         formats=others,
         gguf=gguf,
     )
+
+
+def _rules(given: tuple[str, ...]) -> Rules:
+    if not given:
+        return ()
+    try:
+        return parse_rules(given)
+    except BitRuleError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def layer_settings(grid: Grid, rounding: Rounding, rotation: Rotation) -> LayerSettings:
@@ -141,6 +152,7 @@ def _check_unrotated(rotation: Rotation, option: str) -> None:
 # What the type of a GGUF file decides by itself.
 _OF_THE_TYPE = {
     "wbits": "--wbits",
+    "bits": "--bits",
     "groupsize": "--groupsize",
     "sym": "--sym/--asym",
     "integer_zero": "--integer-zero",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,17 @@ def _described(folder: Path) -> dict[str, Any]:
     if method == METHOD:
         settings = LayerSettings.from_dict(found["settings"])
         row = {
-            "bits": settings.bits,
+            "bits": _bits(settings.bits, found.get("bits", {})),
             "method": settings.method,
             "incoherence": settings.incoherence,
         }
     return {**row, "bytes": weight_bytes(folder)}
+
+
+def _bits(usual: int, others: Mapping[str, int]) -> int | str:
+    """Return the layers' bits, or what they range over."""
+    every = sorted({usual, *others.values()})
+    return usual if len(every) == 1 else f"{every[0]} to {every[-1]}"
 
 
 def plot_comparison(rows: Sequence[dict[str, Any]], path: Path) -> Path:

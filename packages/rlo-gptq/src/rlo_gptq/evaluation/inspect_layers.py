@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlo_gptq.bit_rules import described
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig
 from rlo_gptq.checkpoint.load import read_quantization, weight_bytes, weight_files
 from rlo_gptq.checkpoint.outside import outside_modules
@@ -66,6 +67,7 @@ def inspect_model(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "settings": settings.to_dict(),
+        "bits": described([layer["bits"] for layer in layers if layer["layer"] not in outside]),
         "file_bytes": weight_bytes(folder),
         "packed_bytes": packed,
         "other_bytes": other,

@@ -9,7 +9,7 @@ bits.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,15 +85,22 @@ def pack_layer(
 
 
 def quantization_config(
-    *, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str]
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    ignore: Sequence[str],
+    others: Mapping[int, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Return the `quantization_config` of a model whose linears all have these settings.
+    """Return the `quantization_config` of a model whose linears have these settings.
 
     Args:
         bits: 2, 3, 4 or 8.
         group_size: -1 for one group per row.
         symmetric: Whether there are no zero points.
         ignore: Names of linear modules that are left as they are, e.g. `lm_head`.
+        others: Bits of layers that have their own, and patterns of their names; readers take a
+            pattern of names before the class of a module.
     """
     weights: dict[str, Any] = {
         "num_bits": bits,
@@ -104,10 +111,16 @@ def quantization_config(
     }
     if group_size != -1:
         weights["group_size"] = group_size
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    for number, (own, targets) in enumerate((others or {}).items(), 1):
+        groups[f"group_{number}"] = {
+            "targets": list(targets),
+            "weights": {**weights, "num_bits": own},
+        }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": list(ignore),
     }

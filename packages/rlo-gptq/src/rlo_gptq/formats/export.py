@@ -94,7 +94,7 @@ def export_checkpoint(folder: Path, out: Path, *, format: ExportFormat) -> Expor
         )
     checkpoint = Checkpoint(folder, RLOGPTQConfig.from_dict(found))
     _check_settings(checkpoint.settings, experts=checkpoint.config.split_experts)
-    _check_one_width(checkpoint.settings, checkpoint.config.bits)
+    _check_one_width(format, checkpoint.settings, checkpoint.config.bits)
     with new_folder(out, FormatError) as partial:
         if format == "gguf":
             from rlo_gptq.formats.gguf.export import write_export
@@ -135,7 +135,7 @@ def check_exportable(
     if format == "compressed-tensors":
         compressed.check_library()
     _check_settings(settings, experts=layout.experts)
-    _check_one_width(settings, layout.bits)
+    _check_one_width(format, settings, layout.bits)
     _check_whole(module_table(layout.linears))
     for name, (rows, columns) in shapes.items():
         _check_groups(name, columns, settings.group_size)
@@ -163,14 +163,17 @@ def _check_settings(settings: LayerSettings, *, experts: bool) -> None:
         )
 
 
-def _check_one_width(settings: LayerSettings, bits: Mapping[str, int]) -> None:
-    """Refuse layers of different bits, which neither format's readers take."""
+def _check_one_width(format: str, settings: LayerSettings, bits: Mapping[str, int]) -> None:
+    """Refuse layers of different bits for GPTQ, whose readers take one number for all."""
+    if format != "gptq":
+        return
     others = {name: number for name, number in bits.items() if number != settings.bits}
     if others:
         name = min(others)
         raise FormatError(
-            f"layers must share one number of bits to be exported, got {settings.bits} and "
-            f"{others[name]} (layer {name!r}); quantize without --bits"
+            f"layers must share one number of bits in the GPTQ format, got {settings.bits} and "
+            f"{others[name]} (layer {name!r}); export to compressed-tensors, or quantize without "
+            "--bits, --bytes and --average-bits"
         )
 
 
@@ -278,7 +281,11 @@ class Checkpoint:
         group_size = settings.group_size if settings.group_size > 0 else -1
         if version_ is None:
             return compressed.quantization_config(
-                bits=settings.bits, group_size=group_size, symmetric=symmetric, ignore=skipped
+                bits=settings.bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                ignore=skipped,
+                others=self._others(),
             )
         return gptq_config(
             bits=settings.bits,
@@ -290,6 +297,22 @@ class Checkpoint:
             quantized=list(self.config.modules) if len(skipped) > 1 else None,
             skipped=[name for name in skipped if name != "lm_head"],
         )
+
+    def _others(self) -> dict[int, list[str]]:
+        """Return patterns of the layers that do not have the settings' bits."""
+        found: dict[int, dict[str, list[int]]] = {}
+        for name, bits in self.config.bits.items():
+            index, _, inside = name.partition(".")
+            if bits != self.settings.bits:
+                found.setdefault(bits, {}).setdefault(inside, []).append(int(index))
+        blocks = re.escape(self.config.blocks)
+        return {
+            bits: [
+                rf"re:^{blocks}\.({'|'.join(map(str, sorted(at)))})\.{re.escape(inside)}$"
+                for inside, at in sorted(names.items())
+            ]
+            for bits, names in sorted(found.items())
+        }
 
     def _skipped(self) -> list[str]:
         """Return the names of the linear layers that are not quantized, the head among them."""

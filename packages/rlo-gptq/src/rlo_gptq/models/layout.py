@@ -52,8 +52,7 @@ class Layout:
 
     def settings(self, name: str, default: LayerSettings) -> LayerSettings:
         """Return the settings of the layer of this full name."""
-        bits = self.bits.get(name, default.bits)
-        return default if bits == default.bits else replace(default, bits=bits)
+        return default.with_bits(self.bits.get(name, default.bits))
 
     def bits_in_blocks(self) -> dict[str, int]:
         """Return `bits` by names that begin with the block's number, e.g. "0.mlp.down_proj"."""

@@ -150,13 +150,13 @@ class OutsideQuantizer:
         if name is None or self._resumed(HEAD):
             return
         begin = time.perf_counter()
-        total = self._hessian(activations, mine)
+        total = self.head_hessian(activations, mine)
         self.processes.sum_hessian(total)
         tokens = total.tokens
         if self.processes.first:
             hessian = total.mean(str(self.outside.head))
             if self.outside.tied:
-                hessian = self._shared(hessian)
+                hessian = self.shared_hessian(hessian)
             collected = time.perf_counter() - begin
             self.source.load(lambda target: target == f"{name}.weight")
             weight = self.source.model.get_parameter(f"{name}.weight")
@@ -164,7 +164,8 @@ class OutsideQuantizer:
             release(self.source.model)
         self.processes.wait()
 
-    def _hessian(self, activations: Activations, mine: Sequence[int]) -> HessianSum:
+    def head_hessian(self, activations: Activations, mine: Sequence[int]) -> HessianSum:
+        """Return the second moment of the head's inputs, given the last block's outputs."""
         model, path, head_name = self.source.model, self.layout.blocks, self.outside.head
         assert head_name is not None
         unused = (f"{head_name}.weight", *model.all_tied_weights_keys)
@@ -195,7 +196,7 @@ class OutsideQuantizer:
             release(model)
         return total
 
-    def _shared(self, hessian: Tensor) -> Tensor:
+    def shared_hessian(self, hessian: Tensor) -> Tensor:
         """Return the Hessian of a matrix that is head and embedding, given the head's."""
         if self.outside.fold is not None and self.folded is not None:
             width = len(hessian)

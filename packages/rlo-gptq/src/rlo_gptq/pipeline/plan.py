@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from rlo_core.lm.tokens import LONGEST_WINDOW
 from torch import nn
 
+from rlo_gptq.bit_rules import BitRuleError, apply_rules
 from rlo_gptq.calibration.hessian_sum import CalibrationError
 from rlo_gptq.models.layout import Layout, find_layout, split_all_experts
 from rlo_gptq.models.outside import Outside, plan_outside
@@ -72,12 +73,18 @@ def discover(source: ModelSource, options: Options, *, folded: str | None = None
 
     Raises:
         UnsupportedModelError: there are no layers to quantize.
+        BitRuleError: no layer follows a rule for bits.
         OutsideError: embedding or head cannot have the bits that were asked for.
         CalibrationError: the sequences are longer than the model's.
     """
     skeleton = copy.deepcopy(source.model)  # splitting experts would hide them from the loader
     split_all_experts(skeleton)
     layout = find_layout(skeleton, skip=options.skip)
+    if options.bits:
+        if options.gguf is not None:
+            raise BitRuleError("--bits takes no --format gguf: its --type decides every layer's")
+        chosen = apply_rules(layout.names(), options.bits, options.layer.bits)
+        layout = replace(layout, bits=chosen)
     outside = plan_outside(source.model, options, source.came_as, folded=folded)
     text = source.config.get_text_config(decoder=True)
     seqlen = sequence_length(source.config, options.seqlen)
@@ -105,7 +112,10 @@ def discover(source: ModelSource, options: Options, *, folded: str | None = None
     # Two sums of (d, d) while calibrating, and what a block makes of one sequence.
     calibrating = 8 * largest * largest + seqlen * (4 * width + 3 * largest) * item
     on_gpu = source.device.type == "cuda"
-    rounded = max(rounding_bytes(m, d, options.layer, cuda=on_gpu) for m, d in shapes)
+    rounded = max(
+        rounding_bytes(m, d, layout.settings(name, options.layer), cuda=on_gpu)
+        for name, (m, d) in named.items()
+    )
     tokens = options.nsamples * seqlen
     # Forward: about 2.5 passes of a block in true-sequential order, one more for its output.
     forward = 2 * tokens * quantized * 3.5
@@ -132,6 +142,7 @@ def discover(source: ModelSource, options: Options, *, folded: str | None = None
             "parameters": total,
             "quantized_parameters": quantized,
             "bits_per_weight": round(8 * sizes.layers / quantized, 3),
+            "bits": _widths(layout, named, options.layer.bits),
             "embedding": outside.reasons[0],
             "head": outside.reasons[1],
             "checkpoint_bytes": sizes.files,
@@ -150,6 +161,16 @@ def discover(source: ModelSource, options: Options, *, folded: str | None = None
             "device": str(source.device),
         },
     )
+
+
+def _widths(layout: Layout, shapes: dict[str, tuple[int, int]], default: int) -> str:
+    """Say how many weights have which bits, e.g. "2: 70 %, 4: 30 %"."""
+    total: dict[int, int] = {}
+    for name, (m, d) in shapes.items():
+        bits = layout.bits.get(name, default)
+        total[bits] = total.get(bits, 0) + m * d
+    every = sum(total.values())
+    return ", ".join(f"{bits}: {100 * n / every:.3g} %" for bits, n in sorted(total.items()))
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,6 +12,7 @@ from rlo_core.errors import RunError
 from rlo_core.runs.folder import lock_folder
 from rlo_core.runs.record import RUN_FILE, Run, read_run
 
+from rlo_gptq.budget import PROBE_TOKENS, Budget
 from rlo_gptq.pipeline.progress import Bar, Log
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def run_quantization(
     device: str = "auto",
     progress: bool | None = None,
     base: str | None = None,
+    budget: Budget | None = None,
+    probe_tokens: int = PROBE_TOKENS,
 ) -> dict[str, Any] | None:
     """Quantize, with a run's files and a report beside the checkpoint.
 
@@ -39,6 +42,9 @@ def run_quantization(
         device: "auto", "cpu", "cuda", ...
         progress: Show progress on stderr; by default if it is a terminal.
         base: The original model's name for the model card, if not that in `options`.
+        budget: Choose the bits of the layers, of embedding and head within this size; those that
+            `options` fixes stay.
+        probe_tokens: Over which each layer's effect on the output is then measured.
 
     Returns:
         The summary; None in all processes but the first.
@@ -46,6 +52,44 @@ def run_quantization(
     Raises:
         RLOError: the model, the data or the folder is refused, or another process writes there.
     """
+    allocation: dict[str, Any] | None = None
+    if budget is not None:
+        options, allocation = _within(
+            options, folder, budget, tokens=probe_tokens, device=device, progress=progress
+        )
+    document = _run(
+        options, folder, device=device, progress=progress, base=base, allocation=allocation
+    )
+    if document is None or allocation is None:
+        return document
+    return {**document, "allocation": allocation}
+
+
+def _within(
+    options: Options,
+    folder: Path,
+    budget: Budget,
+    *,
+    tokens: int,
+    device: str,
+    progress: bool | None,
+) -> tuple[Options, dict[str, Any]]:
+    from rlo_gptq.allocation.run import choose_bits
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    with Bar([]) if shown else Log([]) as bar:
+        return choose_bits(options, folder, budget, tokens=tokens, device=device, note=bar.block)
+
+
+def _run(
+    options: Options,
+    folder: Path,
+    *,
+    device: str,
+    progress: bool | None,
+    base: str | None,
+    allocation: dict[str, Any] | None,
+) -> dict[str, Any] | None:
     if options.end_to_end is not None:
         from rlo_gptq.tuning.after_rounding import quantize_and_tune
 
@@ -95,7 +139,8 @@ def run_quantization(
 
         def report(result: Result, plan: Plan) -> None:
             seconds = round(time.perf_counter() - begin, 3)
-            document = {**_measured(result, plan, options, folder), "seconds": seconds}
+            chosen = {} if allocation is None else _chosen(allocation)
+            document = {**_measured(result, plan, options, folder), **chosen, "seconds": seconds}
             documents.append(document)
             columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
             by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
@@ -143,6 +188,7 @@ def _measured(result: Result, plan: Plan, options: Options, folder: Path) -> dic
         "layers": len(result.records),
         **({} if options.gguf is None else {"gguf": options.gguf}),
         "bits": options.layer.bits,
+        **({"bits_of_weights": plan.summary["bits"]} if options.bits else {}),
         "bits_per_weight": _bits_per_weight(result.records, plan, options),
         "mean_proxy": sum(r["proxy"] for r in result.records) / len(result.records),
         "worst_proxy": worst["proxy"],
@@ -154,6 +200,12 @@ def _measured(result: Result, plan: Plan, options: Options, folder: Path) -> dic
         **_tuned(result.tuned),
         "resumed_blocks": result.resumed,
     }
+
+
+def _chosen(allocation: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run's summary keeps of a choice of bits: numbers, and a table."""
+    names = ("budget_bytes", "mean_bits", "predicted_kl")
+    return {**{name: allocation[name] for name in names}, "bits_chosen": allocation["kinds"]}
 
 
 def _bits_per_weight(records: list[dict[str, Any]], plan: Plan, options: Options) -> float:

@@ -26,6 +26,8 @@ from rlo_gptq.models.shards import save_tensors
 
 PLAN_FILE = "rlo-gptq.json"
 PARTS = ".blocks"
+PROBES_FILE = "probes.json"
+"""What `--bytes` measured before; may be in a folder where nothing else is yet."""
 _NESTED = ("end_to_end",)  # of many settings, of which those that differ are told
 
 
@@ -92,7 +94,7 @@ class WorkFolder:
         """
         if self.plan is not None or not self.folder.is_dir():
             return
-        if any(path.name != LOCK_FILE for path in self.folder.iterdir()):
+        if any(path.name not in (LOCK_FILE, PROBES_FILE) for path in self.folder.iterdir()):
             raise ResumeError(
                 f"{str(self.folder)!r} is not empty and no quantization was begun there; "
                 "choose another --save"

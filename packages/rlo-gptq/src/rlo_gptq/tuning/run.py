@@ -134,7 +134,8 @@ class Tuning:
             )
             for index in range(count)
         )
-        return Layout(config.blocks, count, linears, config.split_experts)
+        bits = {f"{config.blocks}.{name}": number for name, number in config.bits.items()}
+        return Layout(config.blocks, count, linears, config.split_experts, bits)
 
     def plan(self, source: ModelSource) -> dict[str, int]:
         """Return what tuning would take, in numbers to show."""
