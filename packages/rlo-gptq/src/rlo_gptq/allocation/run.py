@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,9 +95,7 @@ def probed(
         device=processes.device,
         trust_remote_code=options.trust_remote_code,
     )
-    stack = ExitStack()
     try:
-        stack.enter_context(lock_folder(folder))
         head = None if options.rotate is None else read_folded_head(model)
         units = Units(source, options, folded=None if head is None else head.kind)
         first(units)
@@ -114,11 +112,11 @@ def probed(
             "rotate": options.rotate,
             "probe_tokens": tokens,
         }
-        probes = Probes.open(folder / PROBES_FILE, decisions)
-        Prober(units, head, probes, sequences, tokens, note).run()
+        with lock_folder(folder):
+            probes = Probes.open(folder / PROBES_FILE, decisions)
+            Prober(units, head, probes, sequences, tokens, note).run()
         yield units, probes
     finally:
-        stack.close()
         source.close()
 
 
