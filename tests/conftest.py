@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--timm-tags", help="tags of it, with commas; every release if left out")
     parser.addoption("--timm-checkout", help="a clone of pytorch-image-models, for -m upstream")
     parser.addoption("--stylegan-checkout", help="a StyleGAN checkout, for -m upstream")
     parser.addoption("--transformers-checkout", help="a clone of transformers, for -m upstream")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import upstream_table
 from click.testing import CliRunner
 from rlo_core.launch import ScriptError, load_script
 from rlo_timm.cli import main
@@ -215,3 +216,8 @@ def test_an_error_in_the_script_shows_the_scripts_own_lines(
     assert result.exit_code == 1
     assert f'File "{path}", line {line}, in train_one_epoch' in result.stderr
     assert "rlo_core" not in result.stderr.partition("Traceback")[2]
+
+
+def test_the_table_of_the_guide_is_what_the_results_say() -> None:
+    text = upstream_table.PAGE.read_text()
+    assert upstream_table.drawn(text, list(upstream_table.read().values())) == text

@@ -1,18 +1,23 @@
 """The real train.py of a timm clone: `pytest tests/timm -m upstream --timm-checkout DIR`.
 
-DIR is a git clone of timm (its tags are taken with `git archive`), or one unpacked release.
+DIR is a git clone of timm (its tags are taken with `git archive`), or one unpacked release. Every
+release tag of the clone from v0.9.16 on is run, and HEAD; `--timm-tags A,B` runs these only. What
+was seen goes into `benchmarks/results/timm_upstream.jsonl` and, drawn from it, the guide's table.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import upstream_table as table
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -21,7 +26,30 @@ HERE = Path(__file__).resolve().parent
 
 # These need CUDA to train: they are taken as far as their own --help and a bad spec.
 PARSED = ["v0.2.1", "v0.4.12", "v0.5.4", "v0.6.13", "v0.8.17dev0"]
-TRAINED = ["v0.9.16", "v1.0.3", "v1.0.15", "v1.0.22", "v1.0.23", "v1.0.28", "HEAD"]
+FIRST_TRAINED = (0, 9, 16)
+
+
+def trained(config: pytest.Config) -> list[str]:
+    """Return the release tags that train on a CPU, and HEAD."""
+    if chosen := config.getoption("--timm-tags"):
+        return str(chosen).split(",")
+    folder = config.getoption("--timm-checkout")
+    if folder is None:
+        return ["HEAD"]
+    git = ["git", "-C", str(folder), "tag"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    found = [tag for tag in done.stdout.split() if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
+    numbers = {tag: tuple(map(int, tag[1:].split("."))) for tag in found}
+    return [*sorted((t for t in found if numbers[t] >= FIRST_TRAINED), key=numbers.get), "HEAD"]  # type: ignore[arg-type]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    tags = {
+        "test_help_and_a_bad_spec": lambda: [*PARSED, *trained(metafunc.config)],
+        "test_every_loss_path": lambda: trained(metafunc.config),
+    }.get(metafunc.function.__name__)
+    if tags is not None:
+        metafunc.parametrize("tag", tags())
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +92,12 @@ def checkout(
     return target
 
 
+def version_of(checkout: Path) -> str:
+    """Return what main calls itself, `main (1.0.29.dev0)`."""
+    found = re.search(r"'(.+)'", (checkout / "timm" / "version.py").read_text())
+    return f"main ({found.group(1)})" if found else "main"
+
+
 def python(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *argv],
@@ -75,7 +109,6 @@ def python(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("tag", [*PARSED, *TRAINED])
 def test_help_and_a_bad_spec(checkout: Path, tag: str) -> None:
     plain = python("train.py", "--help", cwd=checkout)
     if plain.returncode:
@@ -95,13 +128,14 @@ def test_the_release_before_is_refused(checkout: Path, tag: str) -> None:
     assert done.stderr.startswith("Error: train.py: not a train.py: looked for ")
 
 
-@pytest.mark.parametrize("tag", TRAINED)
 def test_every_loss_path(checkout: Path, digits: Path, tmp_path: Path, tag: str) -> None:
     done = python(str(HERE / "drive.py"), str(checkout), str(digits), str(tmp_path), cwd=checkout)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"run"')]
     records = [json.loads(line) for line in lines]
     print(tag, *lines, sep="\n")
     assert done.returncode == 0, done.stderr[-2000:]
+    name = {"HEAD": version_of(checkout)}.get(tag, tag)
+    table.write(table.row_of(name, records, {"torch": torch.__version__.split("+")[0]}))
     assert len(records) >= 12
     wrong = [r for r in records if "error" in r or r.get("relative_error", 0.0) > 2e-5]
     assert not wrong, wrong
