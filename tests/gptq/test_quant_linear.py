@@ -77,3 +77,16 @@ def test_bfloat16_inputs_give_bfloat16_outputs_near_the_float32_ones():
     low = module(x.bfloat16())
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), module(x), atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("settings", [CASES[0], CASES[4]])
+def test_a_packed_layer_compiles_into_one_graph_with_the_gradient_of_its_inputs(settings):
+    """After one plain call, which makes the rotation from its seed."""
+    _, module = layer_of(settings)
+    x = torch.randn(3, 44, requires_grad=True)
+    expected = module(x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope)

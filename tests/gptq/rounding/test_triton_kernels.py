@@ -47,35 +47,50 @@ print(json.dumps(found))
 MATMUL = """
 import json
 import torch
+from rlo_gptq.packed import product
 from rlo_gptq.packed.matmul_kernel import packed_matmul
-from rlo_gptq.rounding.layer import quantize_layer
 from rlo_gptq.packed.packing import pack_codes
 from rlo_gptq.packed.quant_linear import QuantLinear
+from rlo_gptq.rounding.layer import quantize_layer
 from rlo_gptq.settings import LayerSettings
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 worst = 0.0
-cases = ((2, 20, 70, -1, 1), (3, 17, 135, 32, 2), (4, 5, 64, 13, 3), (8, 3, 9, 0, 1))
+cases = (
+    (2, 6, 70, -1, 1), (2, 5, 2100, 64, 3), (2, 3, 64, 16, 1), (3, 7, 135, 32, 2),
+    (4, 5, 65, 0, 5), (4, 3, 64, 8, 1), (5, 3, 100, 32, 1), (6, 3, 40, -1, 1), (8, 3, 9, 0, 1),
+)
 for bits, m, d, group_size, n in cases:
     codes = torch.randint(1 << bits, (m, d), dtype=torch.uint8)
     groups = 1 if group_size < 1 else -(-d // group_size)
     group = torch.zeros(d, dtype=torch.long) if group_size < 1 else torch.arange(d) // group_size
     scales = torch.rand(m, groups) + 0.1
-    x = torch.randn(n, d)
+    x, bias, scale = torch.randn(n, d), torch.randn(m), torch.rand(d) + 0.5
+    order = torch.randperm(d, dtype=torch.int32)
     for zeros in (1.5, torch.rand(m, groups) * 3):
         z = zeros if isinstance(zeros, float) else zeros[:, group]
-        dense = scales[:, group] * (codes.float() - z)
+        dense = (scales[:, group] * (codes.float() - z)).double()
         packed = pack_codes(codes, bits)
         y = packed_matmul(x, packed, scales, zeros, bits=bits, group_size=group_size)
-        expected = x @ dense.T
+        expected = x.double() @ dense.T
         worst = max(worst, ((y - expected).abs().max() / expected.abs().max()).item())
-options = LayerSettings(bits=3, group_size=10, sym=False, incoherence="hadamard", rescale=True)
-layer = quantize_layer(torch.randn(9, 24), torch.eye(24), options, seed=0)
-module, x = QuantLinear.from_layer(layer, options), torch.randn(2, 24)
-plain = module(x)
-QuantLinear._kernel_applies = lambda self, x: True
-worst = max(worst, ((module(x) - plain).abs().max() / plain.abs().max()).item())
+    around = packed_matmul(
+        x, packed, scales, zeros, bits=bits, group_size=group_size,
+        bias=bias, input_scale=scale, order=order)
+    expected = (x * scale).double()[:, order.long()] @ dense.T + bias
+    worst = max(worst, ((around - expected).abs().max() / expected.abs().max()).item())
+for options, size in (
+    (LayerSettings(bits=3, group_size=32, sym=False, incoherence="hadamard", rescale=True), 64),
+    (LayerSettings(grid="trellis", method="nearest", group_size=16), 48),
+    (LayerSettings(bits=4, rescale=True, method="nearest"), 24),
+):
+    layer = quantize_layer(torch.randn(9, size), torch.eye(size), options, seed=0)
+    module, x = QuantLinear.from_layer(layer, options, bias=torch.randn(9)), torch.randn(2, size)
+    plain = module(x)
+    applies, product.kernel_applies = product.kernel_applies, lambda *a: True
+    worst = max(worst, ((module(x) - plain).abs().max() / plain.abs().max()).item())
+    product.kernel_applies = applies
 print(json.dumps(worst))
 """
 

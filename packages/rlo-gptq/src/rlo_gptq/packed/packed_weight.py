@@ -8,19 +8,17 @@ that the dense matrix never exists. The transforms are structured and come from 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlo_gptq.packed.packing import pack_codes, packed_words, unpack_codes
-from rlo_gptq.packed.tiles import PackedMatmul, dequantize_rows, weight_tiles
-from rlo_gptq.packed.unpack_table import unpack_values
+from rlo_gptq.packed.packing import pack_codes, packed_words
+from rlo_gptq.packed.product import Stored, packed_product
+from rlo_gptq.packed.tiles import dequantize_rows, weight_tiles
 from rlo_gptq.rounding.grids import groups_of, symmetric_zero
 from rlo_gptq.rounding.layer import QuantizedLayer
 from rlo_gptq.rounding.rotation import Transform
-from rlo_gptq.rounding.trellis import decode_rows
 from rlo_gptq.settings import LayerSettings
 
 if TYPE_CHECKING:
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
 
 KEPT_DTYPE = ("scales", "zeros", "input_scale")
 """Tensors that `.half()` and `.to(dtype)` leave as they are: rounding them changes every weight."""
-
-# Rows of inputs up to which the CUDA kernel multiplies; with more, tiles unpacked for a matrix
-# product pay.
-FEW_ROWS = 16
 
 
 class PackedWeight(nn.Module):
@@ -150,71 +144,40 @@ class PackedWeight(nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
-    def _rows(self, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
-        """Return the function from a range of rows to the rows of What', (some, columns)."""
-        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
-
-        def codes(start: int, stop: int) -> Tensor:
-            return unpack_codes(self.weight[start:stop], self.bits, self.columns)
-
-        def trellis_rows(start: int, stop: int) -> Tensor:
-            unit = decode_rows(codes, self.rows, start, stop)
-            scale = self.scales[start:stop].float()
-            if scale.shape[1] > 1:
-                scale = scale.repeat_interleave(self.group_size, 1)[:, : self.columns]
-            return unit.mul_(scale).to(dtype)
-
-        def rows(start: int, stop: int) -> Tensor:
-            return dequantize_rows(
-                self.weight[start:stop],
-                self.scales[start:stop],
-                zero if self.zeros is None else self.zeros[start:stop],
-                bits=self.bits,
-                columns=self.columns,
-                group_size=self.group_size,
-                dtype=dtype,
-            )
-
-        return trellis_rows if self.settings.grid == "trellis" else rows
-
-    def _unscaled(
-        self, dtype: torch.dtype
-    ) -> tuple[Callable[[int, int], Tensor] | None, Tensor | None]:
-        """Return code - zero by rows, and the scales of the rows, where that is all of a weight.
-
-        With one scale for a row the product is scaled instead of the weights.
-        """
-        if dtype != torch.float32 or self.settings.grid != "scalar" or self.scales.shape[1] > 1:
-            return None, None
-        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
-
-        def units(start: int, stop: int) -> Tensor:
-            at = 0.0 if self.zeros is not None else zero
-            values = unpack_values(self.weight[start:stop], self.bits, self.columns, at)
-            return values if self.zeros is None else values.sub_(self.zeros[start:stop].float())
-
-        return units, self.scales[:, 0].float()
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return What x for x of shape (..., columns): (..., rows), in the type of x."""
-        transform = self.transform
-        inner = x
-        if self.input_scale is not None:
-            inner = inner * self.input_scale.to(x.dtype)
-        if transform is not None:
-            inner = transform.apply_input(inner)
-        if self.order is not None:
-            inner = inner.index_select(-1, self.order)
-        flat = inner.reshape(-1, self.columns)
-        y: Tensor = (
-            self._kernel_product(flat)
-            if self._kernel_applies(flat)
-            else PackedMatmul.apply(
-                flat, self._rows(flat.dtype), self.rows, *self._unscaled(flat.dtype)
-            )
+    @property
+    def stored(self) -> Stored:
+        """What' as it is stored."""
+        return Stored(
+            self.weight,
+            self.scales,
+            self.zeros,
+            self.bits,
+            self.group_size,
+            self.columns,
+            symmetric_zero(self.bits, integer=self.settings.integer_zero),
+            self.settings.grid == "trellis",
         )
-        y = y.view(*x.shape[:-1], self.rows)
-        return y if transform is None else transform.apply_output_T(y)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return What x + bias for x of shape (..., columns): (..., rows), in the type of x."""
+        transform = self.transform
+        inner, scale = x, self.input_scale
+        if transform is not None:
+            if scale is not None:
+                inner, scale = _scaled(x, scale), None
+            inner = transform.apply_input(inner)
+        turned = transform is not None and transform.sides == "both"
+        y = packed_product(
+            inner.reshape(-1, self.columns),
+            self.stored,
+            input_scale=scale,
+            order=self.order,
+            bias=None if turned else bias,
+        ).view(*x.shape[:-1], self.rows)
+        if transform is None or not turned:
+            return y
+        y = transform.apply_output_T(y)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def gather(self, index: Tensor) -> Tensor:
         """Return some rows of What, float32, unpacking no others.
@@ -242,35 +205,12 @@ class PackedWeight(nn.Module):
             rows = self.transform.apply_input_T(rows)
         return rows if self.input_scale is None else rows * self.input_scale
 
-    def _kernel_applies(self, x: Tensor) -> bool:
-        """Return whether the CUDA kernel for few rows can do this product, (n, columns)."""
-        return (
-            x.is_cuda
-            and x.shape[0] <= FEW_ROWS
-            and not x.requires_grad
-            and self.settings.grid == "scalar"
-            and find_spec("triton") is not None
-        )
-
-    def _kernel_product(self, x: Tensor) -> Tensor:
-        from rlo_gptq.packed.matmul_kernel import packed_matmul
-
-        zero = symmetric_zero(self.bits, integer=self.settings.integer_zero)
-        return packed_matmul(
-            x,
-            self.weight,
-            self.scales,
-            zero if self.zeros is None else self.zeros,
-            bits=self.bits,
-            group_size=self.group_size,
-        )
-
     def dequantize(self) -> Tensor:
         """Return the dense matrix in the original basis, (rows, columns), float32."""
-        rows = self._rows(torch.float32)
+        rows = self.stored.rows(torch.float32)
         dense = self.scales.new_empty(self.rows, self.columns, dtype=torch.float32)
         transform = self.transform
-        for start, stop in weight_tiles(self.rows, self.columns):
+        for start, stop in weight_tiles(self.rows, self.columns, self.weight.device):
             tile = rows(start, stop)
             if self.order is not None:
                 tile = torch.empty_like(tile).index_copy_(1, self.order.long(), tile)
@@ -285,3 +225,11 @@ class PackedWeight(nn.Module):
             f"bits={self.bits}, group_size={self.group_size}, "
             f"incoherence={self.settings.incoherence}"
         )
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """Return x * scale in the type of x; in one launch where no gradient is recorded."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+    if recorded or torch.compiler.is_compiling() or not x.is_cuda:
+        return x * scale.to(x.dtype)
+    return torch.mul(x, scale, out=torch.empty_like(x))

@@ -69,8 +69,7 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x of shape (..., in_features); returns (..., out_features)."""
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.multiply(x, self.bias)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an ordinary linear layer with the dequantised weight."""

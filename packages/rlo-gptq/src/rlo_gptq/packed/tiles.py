@@ -54,8 +54,16 @@ def dequantize_rows(
     return values.mul_(scales.float()).reshape(len(packed), columns).to(dtype)
 
 
-def weight_tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, TILE_ELEMENTS // columns)
+CUDA_TILE_ELEMENTS = 1 << 24
+"""The same on a GPU, where a tile costs launches: 32 MiB in half precision."""
+
+
+def weight_tiles(
+    rows: int, columns: int, device: torch.device | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of rows that are unpacked at one time."""
+    on_gpu = device is not None and device.type == "cuda"
+    step = max(1, (CUDA_TILE_ELEMENTS if on_gpu else TILE_ELEMENTS) // columns)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -74,7 +82,7 @@ class PackedMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.rows, ctx.outputs, ctx.columns = rows, outputs, x.shape[1]
         y = x.new_empty(x.shape[0], outputs)
-        for start, stop in weight_tiles(outputs, x.shape[1]):
+        for start, stop in weight_tiles(outputs, x.shape[1], x.device):
             tile = rows(start, stop) if units is None else units(start, stop)
             torch.mm(x, tile.T, out=y[:, start:stop])
         return y if scales is None else y.mul_(scales)
@@ -83,6 +91,6 @@ class PackedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         total = grad.new_zeros(grad.shape[0], ctx.columns)
-        for start, stop in weight_tiles(ctx.outputs, ctx.columns):
+        for start, stop in weight_tiles(ctx.outputs, ctx.columns, grad.device):
             total.addmm_(grad[:, start:stop], ctx.rows(start, stop))
         return total, None, None, None, None

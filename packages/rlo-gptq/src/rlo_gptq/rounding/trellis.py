@@ -47,7 +47,16 @@ def _gaussian_codebook() -> Tensor:
 
 def codebook(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of the states, unit variance, (1024,): normal quantiles in random order."""
-    return _gaussian_codebook().to(device, dtype)
+    if device.type == "cpu":
+        return _gaussian_codebook().to(dtype)
+    return _codebook_there(device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _codebook_there(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same, copied once: a copy to a GPU waits for it."""
+    with torch.inference_mode(False):
+        return _gaussian_codebook().to(device, dtype)
 
 
 def sequence_lengths(m: int) -> list[int]:
@@ -78,6 +87,17 @@ def _earlier_rows(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor(rows)
 
 
+@functools.lru_cache(maxsize=32)
+def _earlier_rows_there(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _earlier_rows(lengths).to(device)
+
+
+def earlier_rows(m: int) -> Tensor:
+    """Return for each row of a matrix the five rows of its state, newest first, (5, m), int64."""
+    return _earlier_rows(tuple(sequence_lengths(m)))
+
+
 def decode(codes: Tensor, lengths: list[int] | None = None) -> Tensor:
     """Return the unscaled values of codes; whole sequences only.
 
@@ -90,7 +110,8 @@ def decode(codes: Tensor, lengths: list[int] | None = None) -> Tensor:
         float32 (..., m).
     """
     m = codes.shape[-1]
-    rows = _earlier_rows(tuple(lengths or sequence_lengths(m))).to(codes.device)
+    of = tuple(lengths or sequence_lengths(m))
+    rows = _earlier_rows_there(of, codes.device) if codes.is_cuda else _earlier_rows(of)
     symbols = codes.to(torch.int64)
     state = symbols[..., rows[0]]
     for back in range(1, SYMBOLS):
