@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-import rlo_core.runs.report
+import rlo_gptq.report.page
 from click.testing import CliRunner
 from rlo_core.runs.folder import LOCK_FILE
 from rlo_core.runs.record import RUN_FILE, read_run
@@ -35,7 +35,7 @@ def at_its_report(model_folder, text_file, tmp_path):
     out, model = tmp_path / "q", model_folder("llama-gqa-tied")
 
     def child() -> None:
-        rlo_core.runs.report.write_report = lambda *_, **__: time.sleep(600)
+        rlo_gptq.report.page.write_page = lambda *_, **__: time.sleep(600)
         run(*command(model, text_file, out))
 
     process = multiprocessing.get_context("fork").Process(target=child)

@@ -94,16 +94,16 @@ def _run(
         from rlo_gptq.tuning.after_rounding import quantize_and_tune
 
         return quantize_and_tune(options, folder, device=device, progress=progress, base=base)
-    from rlo_core.runs.report import write_report
-
     from rlo_gptq.formats.gguf.finish import write_gguf
     from rlo_gptq.pipeline.blocks import quantize_model
     from rlo_gptq.pipeline.finish import write_checkpoint
     from rlo_gptq.pipeline.processes import join_processes
+    from rlo_gptq.report.page import write_page
 
     begin = time.perf_counter()
     runs: list[Run] = []
     documents: list[dict[str, Any]] = []
+    source_bytes: list[int] = []
     named = base or options.model
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(device))
@@ -132,6 +132,7 @@ def _run(
             )
 
         def finish(work: WorkFolder, source: ModelSource, plan: Plan) -> None:
+            source_bytes.append(_source_bytes(options.model, source))
             if options.gguf is not None:
                 write_gguf(work, source, plan.layout, options, base=named)
                 return
@@ -139,14 +140,18 @@ def _run(
 
         def report(result: Result, plan: Plan) -> None:
             seconds = round(time.perf_counter() - begin, 3)
-            chosen = {} if allocation is None else _chosen(allocation)
-            document = {**_measured(result, plan, options, folder), **chosen, "seconds": seconds}
+            document = {
+                **_measured(result, plan, options, folder),
+                **({} if allocation is None else _chosen(allocation)),
+                "source_bytes": source_bytes[0],
+                "seconds": seconds,
+            }
             documents.append(document)
             columns = ("layer", "rows", "columns", "tokens", "proxy", "seconds")
             by_error = sorted(result.records, key=lambda record: -float(record["proxy"]))
             table = [{key: record[key] for key in columns} for record in by_error]
             runs[0].finish(**document, layers_by_error=table, tuned_blocks=result.tuned)
-            write_report([folder], folder / "report.html", title=f"Quantized: {folder.name}")
+            write_page(folder, title=f"Quantized: {folder.name}")
 
         quantize_model(
             options,
@@ -160,6 +165,15 @@ def _run(
         if not processes.first:
             return None
         return documents[0] if documents else {**read_summary(folder), "already_done": True}
+
+
+def _source_bytes(model: str, source: ModelSource) -> int:
+    """Return the bytes of the original's weight files: of a GGUF file, its own."""
+    from rlo_gptq.checkpoint.load import weight_bytes
+    from rlo_gptq.formats.gguf.finish import gguf_origin
+
+    origin = gguf_origin(model)
+    return weight_bytes(source.folder) if origin is None else origin.stat().st_size
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from rlo_core.lm.text import load_first_split
 from rlo_core.lm.tokens import token_ids
 from rlo_core.runs.folder import lock_folder
 from rlo_core.runs.record import Run, read_run
-from rlo_core.runs.report import write_report
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -33,6 +32,7 @@ from rlo_gptq.pipeline.processes import Processes, join_processes
 from rlo_gptq.pipeline.progress import Bar, Log
 from rlo_gptq.pipeline.run import read_summary
 from rlo_gptq.pipeline.work_folder import PLAN_FILE, WorkFolder
+from rlo_gptq.report.page import write_page
 from rlo_gptq.settings import EndToEndSettings
 from rlo_gptq.tuning.finish import write_tuned
 from rlo_gptq.tuning.loop import BEST, INTERRUPTED, Loop, Outcome
@@ -298,7 +298,7 @@ def _finish(
     interrupted = outcome.stopped == INTERRUPTED
     summary = {**_of_rounding(tuning.folder), **document}
     run.finish(status="stopped" if interrupted else "done", **summary, evaluations=outcome.history)
-    write_report([out], out / "report.html", title=f"Tuned: {out.name}")
+    write_page(out, title=f"Tuned: {out.name}")
     if not interrupted:
         work.finish()
     return document
