@@ -41,7 +41,17 @@ def test_passes_default_to_what_pays(method, npasses, unbiased, passes):
         ({"npasses": -1}, "npasses must be at least 0, got -1"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"unbiased": True, "npasses": 2}, "npasses must be 0 with unbiased rounding, got 2"),
-        ({"grid": "trellis", "bits": 3}, "bits must be 2 with grid 'trellis', got 3"),
+        ({"grid": "trellis", "bits": 8}, "bits must be one of 1, 2, 3, 4, got 8"),
+        (
+            {"grid": "trellis:L=16", "sym": False},
+            "sym must be True with grid 'trellis:L=16', got False",
+        ),
+        ({"bits": 1}, "bits must be one of 2, 3, 4, 5, 6, 8, got 1"),
+        (
+            {"grid": "trellis:L=11"},
+            "grid must be one of 'scalar', 'trellis', 'trellis:L=12', 'trellis:L=14', "
+            "'trellis:L=16', got 'trellis:L=11'",
+        ),
         ({"grid": "trellis", "sym": False}, "sym must be True with grid 'trellis', got False"),
         (
             {"grid": "trellis", "integer_zero": True},

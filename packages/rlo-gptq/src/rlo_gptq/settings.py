@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Method = Literal["nearest", "gptq", "ldlq", "ldlqRG", "allbal", "ldlbal_admm"]
-GridKind = Literal["scalar", "trellis"]
+GridKind = Literal["scalar", "trellis", "trellis:L=12", "trellis:L=14", "trellis:L=16"]
 Incoherence = Literal["none", "hadamard", "kronecker"]
 Sides = Literal["in", "both"]
 Compat = Literal["quip"]
@@ -17,6 +17,8 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 BITS = (2, 3, 4, 5, 6, 8)
+TRELLIS_BITS = (1, 2, 3, 4)
+ALL_BITS = tuple(sorted({*BITS, *TRELLIS_BITS}))
 
 # Greedy passes after each method when the user names none; fewer run where one changes no code,
 # which after ldlqRG is usually the fifth.
@@ -30,7 +32,9 @@ class LayerSettings:
     Args:
         bits: bits of one code, 2, 3, 4, 5, 6 or 8.
         method: `nearest`, `gptq`, `ldlq`, `ldlqRG`, `allbal` or `ldlbal_admm`.
-        grid: `scalar`, or `trellis` (2 bits, one trellis-coded sequence down the rows).
+        grid: `scalar`, or a trellis (1 to 4 bits, trellis-coded sequences down the rows): `trellis`
+            with states of 10 bits, `trellis:L=12`, `trellis:L=14`, `trellis:L=16` with wider ones,
+            which are better and take four times as long for every two bits.
         group_size: -1 one scale per row, 0 one for the matrix, n > 0 one per n columns of a row
             (the last group may be short).
         sym: symmetric grid; False searches the zero point too.
@@ -77,9 +81,9 @@ class LayerSettings:
     compat: Compat | None = None
 
     def __post_init__(self) -> None:
-        one_of("bits", self.bits, BITS)
         one_of("method", self.method, METHODS)
         one_of("grid", self.grid, get_args(GridKind))
+        one_of("bits", self.bits, BITS if self.grid == "scalar" else TRELLIS_BITS)
         one_of("incoherence", self.incoherence, get_args(Incoherence))
         one_of("incoherence_sides", self.incoherence_sides, get_args(Sides))
         one_of("scale_dtype", self.scale_dtype, get_args(ScaleDtype))
@@ -95,23 +99,23 @@ class LayerSettings:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
         if self.unbiased and self.npasses:
             raise ValueError(f"npasses must be 0 with unbiased rounding, got {self.npasses}")
-        if self.grid == "trellis":
+        if self.grid != "scalar":
             self._check_trellis()
         if self.compat is not None:
             self._check_compat()
 
     def _check_trellis(self) -> None:
-        if self.bits != 2:
-            raise ValueError(f"bits must be 2 with grid 'trellis', got {self.bits}")
         for name in ("unbiased", "integer_zero"):
             if getattr(self, name):
-                raise ValueError(f"{name} must be False with grid 'trellis', got True")
+                raise ValueError(f"{name} must be False with grid {self.grid!r}, got True")
         if not self.sym:
-            raise ValueError("sym must be True with grid 'trellis', got False")
+            raise ValueError(f"sym must be True with grid {self.grid!r}, got False")
         if self.compat is not None:
-            raise ValueError(f"compat must be None with grid 'trellis', got {self.compat!r}")
+            raise ValueError(f"compat must be None with grid {self.grid!r}, got {self.compat!r}")
         if self.method == "ldlbal_admm":
-            raise ValueError("method must not be 'ldlbal_admm' with grid 'trellis'; use 'ldlqRG'")
+            raise ValueError(
+                f"method must not be 'ldlbal_admm' with grid {self.grid!r}; use 'ldlqRG'"
+            )
 
     def _check_compat(self) -> None:
         if self.group_size != -1:
@@ -135,7 +139,7 @@ class LayerSettings:
         if self.npasses is not None:
             return self.npasses
         # A pass of the trellis costs as much as the first rounding; the second gains 0.4 %.
-        if self.grid == "trellis" and self.method in DEFAULT_PASSES:
+        if self.grid != "scalar" and self.method in DEFAULT_PASSES:
             return 1
         return 0 if self.unbiased else DEFAULT_PASSES.get(self.method, 0)
 
@@ -245,6 +249,13 @@ class EndToEndSettings:
             raise ValueError(
                 f"tuning learning rate must be above 0 and at most 1, got {self.learning_rate}"
             )
+
+
+def trellis_state_bits(grid: str) -> int | None:
+    """Return the bits of a state of a grid's trellis; None for a scalar grid."""
+    if grid == "scalar":
+        return None
+    return int(grid.partition("=")[2] or 10)
 
 
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -13,7 +13,7 @@ from rlo_gptq.checkpoint.validation import CheckpointError, require
 from rlo_gptq.packed.quant_embedding import QuantEmbedding
 from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.packed.tied_head import TiedHead
-from rlo_gptq.settings import BITS, LayerSettings
+from rlo_gptq.settings import ALL_BITS, LayerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +66,8 @@ def with_settings(default: LayerSettings, bits: object, name: str) -> LayerSetti
     Raises:
         CheckpointError: `bits` is none of those there are; says so of `name`.
     """
-    good = type(bits) is int and bits in BITS
-    require(good, f"{name} must be one of {', '.join(map(str, BITS))}, got {bits!r}")
+    good = type(bits) is int and bits in ALL_BITS
+    require(good, f"{name} must be one of {', '.join(map(str, ALL_BITS))}, got {bits!r}")
     assert isinstance(bits, int)
     try:
         return default.with_bits(bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
@@ -12,6 +12,7 @@ from rlo_gptq.cli.groups import option
 from rlo_gptq.cli.sizes import Bytes
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.settings import (
+    ALL_BITS,
     BITS,
     METHODS,
     Compat,
@@ -31,7 +32,12 @@ _STORED = click.Choice((*BITS, 16, 32))
 class Grid:
     """Bits and grids."""
 
-    wbits: int = option(type=click.Choice(BITS), default=LayerSettings.bits, show_default=True)
+    wbits: int = option(
+        type=click.Choice(ALL_BITS),
+        default=LayerSettings.bits,
+        show_default=True,
+        help="Bits of a weight; a trellis has 1 to 4.",
+    )
     bits: tuple[str, ...] = option(
         multiple=True,
         default=(),
@@ -61,10 +67,10 @@ class Grid:
         is_flag=True, default=False, help="Zeros are codes, as other formats need."
     )
     grid: GridKind = option(
-        type=click.Choice(["scalar", "trellis"]),
+        type=click.Choice((*get_args(GridKind), "trellis:L=10")),
         default=LayerSettings.grid,
         show_default=True,
-        help="What a code stands for.",
+        help="What a code stands for: a level, or a path through 2^L values (L = 10 unless said).",
     )
     scale_dtype: ScaleDtype = option(
         type=click.Choice(["float32", "float16", "bfloat16"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import click
 
@@ -19,7 +20,7 @@ from rlo_gptq.cli.quantize_groups import (
 )
 from rlo_gptq.cli.tune import EndToEnd
 from rlo_gptq.options import Options
-from rlo_gptq.settings import LayerSettings
+from rlo_gptq.settings import GridKind, LayerSettings
 
 
 def chosen_options(
@@ -111,7 +112,7 @@ def layer_settings(grid: Grid, rounding: Rounding, rotation: Rotation) -> LayerS
         return LayerSettings(
             bits=grid.wbits,
             method=rounding.quant,
-            grid=grid.grid,
+            grid=cast("GridKind", grid.grid.removesuffix(":L=10")),  # the name it has had
             group_size=grid.groupsize,
             sym=grid.sym,
             integer_zero=grid.integer_zero,

@@ -19,7 +19,7 @@ from rlo_gptq.packed.tiles import dequantize_rows, weight_tiles
 from rlo_gptq.rounding.grids import groups_of, symmetric_zero
 from rlo_gptq.rounding.layer import QuantizedLayer
 from rlo_gptq.rounding.rotation import Transform
-from rlo_gptq.settings import LayerSettings
+from rlo_gptq.settings import LayerSettings, trellis_state_bits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -155,7 +155,7 @@ class PackedWeight(nn.Module):
             self.group_size,
             self.columns,
             symmetric_zero(self.bits, integer=self.settings.integer_zero),
-            self.settings.grid == "trellis",
+            trellis_state_bits(self.settings.grid) or 0,
         )
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

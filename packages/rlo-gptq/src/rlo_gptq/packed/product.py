@@ -17,8 +17,10 @@ from torch import Tensor, library
 from rlo_gptq.packed.packing import unpack_codes
 from rlo_gptq.packed.tiles import PackedMatmul, dequantize_rows, weight_tiles
 from rlo_gptq.packed.unpack_table import unpack_values
-from rlo_gptq.rounding.trellis import codebook, decode_rows, earlier_rows
+from rlo_gptq.rounding.trellis import Trellis, decode_rows
 
+OF_KERNEL = (2, 10)
+"""Bits and bits of a state of the trellis that the CUDA kernel reads."""
 # Rows of inputs up to which the CUDA kernel multiplies; with more, tiles unpacked for a matrix
 # product pay.
 FEW_ROWS = 16
@@ -38,7 +40,8 @@ class Stored:
     group_size: int
     columns: int
     zero: float
-    trellis: bool
+    trellis: int
+    """Bits of a state; 0 for a scalar grid."""
 
     def rows(self, dtype: torch.dtype) -> Callable[[int, int], Tensor]:
         """Return the function from a range of rows to the rows of What', (some, columns)."""
@@ -48,7 +51,9 @@ class Stored:
         return unpack_codes(self.weight[start:stop], self.bits, self.columns)
 
     def _trellis_rows(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        unit = decode_rows(self._codes, len(self.weight), start, stop)
+        unit = decode_rows(
+            self._codes, Trellis(self.bits, self.trellis), len(self.weight), start, stop
+        )
         scale = self.scales[start:stop].float()
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(self.group_size, 1)[:, : self.columns]
@@ -86,19 +91,24 @@ class Stored:
 def _trellis_tables(m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The values of the states, and the rows of each state, on a device."""
     with torch.inference_mode(False):
-        return codebook(device), earlier_rows(m).to(device, torch.int32)
+        trellis = Trellis(*OF_KERNEL)
+        return trellis.values(device), trellis.rows_of_states(m).to(device, torch.int32)
 
 
 def kernel_applies(x: Tensor, stored: Stored) -> bool:
     """Whether the CUDA kernels can do this product, (n, columns)."""
     if not x.is_cuda or x.shape[0] > FEW_ROWS or x.dtype == torch.float64:
         return False
+    if stored.trellis and (stored.bits, stored.trellis) != OF_KERNEL:
+        return False
     if find_spec("triton") is None:
         return False
     from rlo_gptq.packed.matmul_kernel import kernel_lanes
 
     groups = stored.scales.shape[1]
-    return kernel_lanes(stored.bits, stored.group_size, groups, trellis=stored.trellis) is not None
+    return kernel_lanes(
+        stored.bits, stored.group_size, groups, trellis=stored.trellis > 0
+    ) is not None
 
 
 def packed_product(
@@ -158,7 +168,7 @@ def _by_kernel(x: Tensor, stored: Stored, **around: Tensor | None) -> Tensor:
 
 ARGUMENTS = (
     "Tensor weight, Tensor scales, Tensor? zeros, int bits, int group_size, int columns, "
-    "float zero, bool trellis"
+    "float zero, int trellis"
 )
 
 

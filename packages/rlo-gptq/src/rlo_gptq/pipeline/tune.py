@@ -25,7 +25,7 @@ from rlo_gptq.packed.packing import unpack_codes
 from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.pipeline.processes import Processes
 from rlo_gptq.rounding.grids import column_groups, symmetric_zero
-from rlo_gptq.rounding.trellis import decode
+from rlo_gptq.rounding.trellis import decode, trellis_of
 from rlo_gptq.settings import TuneSettings
 
 BATCH = 4
@@ -46,14 +46,16 @@ class _TunedLayer:
         self.module = module
         settings = module.settings
         codes = unpack_codes(module.weight, module.bits, module.in_features)
-        trellis = settings.grid == "trellis"
-        self.codes = decode(codes.T).T.contiguous() if trellis else codes.float()
+        trellis = trellis_of(settings.grid, settings.bits)
+        self.codes = codes.float()
+        if trellis is not None:
+            self.codes = decode(codes.T, trellis).T.contiguous()
         self.group = column_groups(module.in_features, module.group_size).to(codes.device)
         self.scales = module.scales.float()
         self.zeros: Tensor | float = 0.0
         if module.zeros is not None:
             self.zeros = module.zeros.float()
-        elif not trellis:
+        elif trellis is None:
             self.zeros = symmetric_zero(module.bits, integer=settings.integer_zero)
         # One scale for the matrix stays one.
         shape = (1, 1) if settings.group_size == 0 else tuple(self.scales.shape)

@@ -12,7 +12,7 @@ from rlo_gptq.rounding.grids import column_groups, nearest_stored
 from rlo_gptq.rounding.methods import round_in_parts
 from rlo_gptq.rounding.quip import prepare, quip_round
 from rlo_gptq.rounding.rotation import Transform
-from rlo_gptq.rounding.trellis import decode
+from rlo_gptq.rounding.trellis import decode, trellis_of
 from rlo_gptq.settings import GridKind, LayerSettings
 
 LOSS_ROWS = 256
@@ -35,7 +35,7 @@ class QuantizedLayer:
         input_scale: (d,) float32 or None; an input is multiplied by it before the rotation.
         transform: the rotations, as a seed.
         proxy: tr((W - What) H (W - What)^T) / tr(W H W^T) in the original basis, undamped.
-        grid: `scalar` or `trellis`; says how codes become values.
+        grid: `scalar` or a trellis; says how codes become values.
     """
 
     codes: Tensor
@@ -51,8 +51,9 @@ class QuantizedLayer:
     def values(self) -> Tensor:
         """Return the rounded matrix (m, d), float32, in the transformed basis."""
         group = column_groups(self.codes.shape[1], self.group_size, self.codes.device)
-        if self.grid == "trellis":
-            unit = decode(self.codes.T).T
+        trellis = trellis_of(self.grid, self.bits)
+        if trellis is not None:
+            unit = decode(self.codes.T, trellis).T
         else:
             unit = self.codes.to(torch.float32) - self.zeros[:, group]
         return self.scales[:, group] * unit
@@ -171,7 +172,7 @@ def _rotated_weight(
 
 def _loss_of(layer: QuantizedLayer, W: Tensor, H: Tensor) -> float:
     """Return the proxy loss of a layer, some outputs at a time where they do not mix."""
-    if layer.grid == "trellis" or layer.transform.output.kind != "none":
+    if layer.grid != "scalar" or layer.transform.output.kind != "none":
         return proxy_loss(W, layer.dequantize(), H)
     of_error = of_weight = torch.zeros((), dtype=torch.float64, device=W.device)
     for rows in strips(W):

@@ -13,7 +13,9 @@ from rlo_gptq.rounding.feedback import COPY_ROWS, Factor, factor, round_with_fee
 from rlo_gptq.rounding.greedy import Rounding, greedy_pass, refit_scales, start
 from rlo_gptq.rounding.grids import Grid, ScalarGrid, check_scales, fit_grid
 from rlo_gptq.rounding.random_streams import random_uniforms
-from rlo_gptq.rounding.trellis import fit_trellis
+from rlo_gptq.rounding.trellis import trellis_of
+from rlo_gptq.rounding.trellis_grid import fit_trellis
+from rlo_gptq.rounding.viterbi import search_bytes
 from rlo_gptq.settings import LayerSettings
 
 Fit = Callable[[Tensor, Tensor, bool], Grid]
@@ -116,16 +118,19 @@ def rounding_bytes(m: int, d: int, settings: LayerSettings, *, cuda: bool = Fals
 
     Of (d, d) there are the Hessian, its rotated and damped form, and the factor: three; without
     feedback two; the bounded feedback of `ldlbal_admm` is solved for with eight. Of (d, outputs)
-    there are six: targets, codes, values, gradient, and two while scales are fitted.
+    there are six: targets, codes, values, gradient, and two while scales are fitted. A trellis
+    keeps the costs of a sequence's states beside them.
     """
     squares = {"nearest": 2, "allbal": 2, "ldlbal_admm": 8}.get(settings.method, 3)
     outputs = m if _indivisible(settings) else min(m, OUTPUTS[cuda])
-    return 4 * (squares * d * d + 6 * d * outputs)
+    trellis = trellis_of(settings.grid, settings.bits)
+    searched = 0 if trellis is None else search_bytes(m, trellis)
+    return 4 * (squares * d * d + 6 * d * outputs) + searched
 
 
 def _indivisible(settings: LayerSettings) -> bool:
     """Whether outputs share something: a scale, a trellis, or the numbers of one random stream."""
-    return settings.group_size == 0 or settings.grid == "trellis" or settings.unbiased
+    return settings.group_size == 0 or settings.grid != "scalar" or settings.unbiased
 
 
 def _joined(grids: list[Grid]) -> Grid:
@@ -157,12 +162,12 @@ def _first_codes(
     own = torch.argsort(order)
     if fit is not None:
         return _first_codes_of(W, H, factors, order, settings, fit)
-    trellis = settings.grid == "trellis"
+    trellis = trellis_of(settings.grid, settings.bits)
     if factors is None:
         scalar = fit_grid(W[own], H.diagonal()[own], settings)
         if settings.unbiased:
             return scalar, scalar.round_all(W[own] + _noise(scalar, seed))[order]
-        grid: Grid = fit_trellis(W[own], settings) if trellis else scalar
+        grid: Grid = scalar if trellis is None else fit_trellis(W[own], settings, trellis)
         return grid, grid.round_all(W[own])[order]
     feedback, size = factors.feedback, settings.block_size
     importance = factors.diagonal[own]
@@ -172,7 +177,7 @@ def _first_codes(
     targets = round_with_feedback(W, feedback, scalar, order, block_size=size)[1][own]
     scalar = fit_grid(targets, importance, settings)
     noise = _noise(scalar, seed)[order] if settings.unbiased else None
-    grid = fit_trellis(targets, settings) if trellis else scalar
+    grid = scalar if trellis is None else fit_trellis(targets, settings, trellis)
     del targets
     return grid, round_with_feedback(W, feedback, grid, order, block_size=size, noise=noise)[0]
 

@@ -1,129 +1,208 @@
-r"""Trellis-coded rounding at 2 bits: 2 bits a weight choose among 1024 values, not four.
+r"""Trellis codes: b bits a weight choose among :math:`2^L` values, not :math:`2^b`.
 
-A column of W is cut into sequences of about 128 rows. The value of a weight is looked up by a state
-of ten bits, the last five 2-bit codes of its sequence, its own last; sequences close on themselves
-(tail-biting), so exactly 2 bits a weight are stored. The best sequence is found by Viterbi's
-algorithm. Down the rows, not along the columns: within one column all targets are known at once, so
-feedback from column to column stays exact, and greedy passes stay possible.
+A column of W is cut into sequences of rows. The value of a weight is looked up by a state of L
+bits: the last codes of its sequence, its own the lowest. Sequences close on themselves
+(tail-biting), so exactly b bits a weight are stored. Down the rows, not along the columns: within
+one column all targets are known at once, so feedback from column to column stays exact, and greedy
+passes stay possible.
 
-The mean squared error on a Gaussian is 0.078, against 0.119 of four uniform levels and the
-rate-distortion limit of 1/16.
+With L = 10 the values are the normal distribution's quantiles in random order, a table. With more
+bits the order is computed from the state by a few integer instructions, so that a processor without
+room for the table need not have it; that codes better than sums of hashed bytes or half-precision
+numbers (QTIP's 1MAD and 3INST), see benchmarks/bench_trellis.py.
 
 Source: Marcellin, Fischer, "Trellis coded quantization", 1990; Mao, Gray, "Stationary and
-trellis encoding", 2010 (random permutation codes); QTIP (2406.11235) for weights.
+trellis encoding", 2010 (random permutation codes); QTIP (2406.11235), weights, computed codes.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlo_gptq.rounding.grids import column_groups, stored
 from rlo_gptq.rounding.random_streams import random_permutation
-from rlo_gptq.settings import LayerSettings
+from rlo_gptq.settings import trellis_state_bits
 
-SYMBOLS = 5  # codes in a state
-STATES = 4**SYMBOLS
-SEQUENCE = 128  # rows of a sequence, where the number of rows allows
-# Rows on either side of the seam from which the codes at the seam are guessed.
-_SEAM = 16
-# Steps for which the costs of all states are written in one go: few calls, and still in the cache.
-_STEPS = 8
 _CODEBOOK_SEED = 0
+_TABLE_BITS = 10
+"""States of the first kind of trellis, whose values come from a table in random order."""
+# Odd numbers, of Murmur's and Knuth's hashes: a product with one is a permutation of the states.
+_MIXERS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)
 
 
-@functools.lru_cache(maxsize=1)
-def _gaussian_codebook() -> Tensor:
-    levels = (torch.arange(STATES, dtype=torch.float64) + 0.5) / STATES
-    values = torch.special.ndtri(levels)
-    values = values / values.square().mean().sqrt()
-    order = random_permutation(_CODEBOOK_SEED, 0, STATES)
-    return torch.take(values, order).to(torch.float32)
+@dataclass(frozen=True)
+class Trellis:
+    """One kind of trellis.
+
+    Args:
+        bits: Of a code.
+        state_bits: L, of a state.
+    """
+
+    bits: int
+    state_bits: int
+
+    @property
+    def symbols(self) -> int:
+        """Codes that a state is made of; of the oldest perhaps a part."""
+        return -(-self.state_bits // self.bits)
+
+    @property
+    def states(self) -> int:
+        """How many states there are."""
+        return 1 << self.state_bits
+
+    @property
+    def sequence(self) -> int:
+        """Rows of a sequence, where the number of rows allows.
+
+        Closing a sequence costs about as much as one weight's whole error, more with longer states.
+        """
+        return 128 if self.state_bits == _TABLE_BITS else 1024
+
+    @property
+    def seam(self) -> int:
+        """Rows on either side of a seam from which the codes at the seam are guessed."""
+        return self.sequence // 8 if self.state_bits > _TABLE_BITS else 32
+
+    def lengths(self, m: int) -> list[int]:
+        """Return the lengths of the sequences into which m rows are cut, equal if possible.
+
+        A divisor of m between a half and twice `sequence` is taken where there is one; otherwise
+        lengths differ by one.
+        """
+        wanted = max(1, round(m / self.sequence))
+        counts = range(-(-m // (2 * self.sequence)), 2 * m // self.sequence + 1)
+        for count in sorted(counts, key=lambda n: abs(n - wanted)):
+            if m % count == 0:
+                return [m // count] * count
+        short, longer = divmod(m, wanted)
+        return [short + 1] * longer + [short] * (wanted - longer)
+
+    def values(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values of the states, unit variance, (2^L,): normal quantiles, permuted."""
+        if device.type == "cpu":
+            return _codebook(self.state_bits).to(dtype)
+        return _codebook_there(self.state_bits, device, dtype)
+
+    def rows_of_states(self, m: int) -> Tensor:
+        """Return for each of m rows those of its state, newest first, (symbols, m), int64."""
+        parts, first = [], 0
+        for n in self.lengths(m):
+            back = torch.arange(self.symbols)[:, None]
+            parts.append(first + (torch.arange(n) - back) % n)
+            first += n
+        return torch.cat(parts, 1)
 
 
-def codebook(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the values of the states, unit variance, (1024,): normal quantiles in random order."""
-    if device.type == "cpu":
-        return _gaussian_codebook().to(dtype)
-    return _codebook_there(device, dtype)
+def trellis_of(grid: str, bits: int) -> Trellis | None:
+    """Return the trellis of a grid's name, None for a scalar grid."""
+    state_bits = trellis_state_bits(grid)
+    return None if state_bits is None else Trellis(bits, state_bits)
+
+
+@functools.lru_cache(maxsize=8)
+def _codebook(state_bits: int) -> Tensor:
+    with torch.inference_mode(False):  # kept for those who train
+        return _permuted_quantiles(state_bits)
+
+
+def _permuted_quantiles(state_bits: int) -> Tensor:
+    count = 1 << state_bits
+    levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    quantiles = torch.special.ndtri(levels)
+    quantiles = quantiles / quantiles.square().mean().sqrt()
+    if state_bits == _TABLE_BITS:
+        order = random_permutation(_CODEBOOK_SEED, 0, count)
+    else:
+        order = permuted_states(torch.arange(count), state_bits)
+    return torch.take(quantiles, order).to(torch.float32)
 
 
 @functools.lru_cache(maxsize=16)
-def _codebook_there(device: torch.device, dtype: torch.dtype) -> Tensor:
+def _codebook_there(state_bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The same, copied once: a copy to a GPU waits for it."""
     with torch.inference_mode(False):
-        return _gaussian_codebook().to(device, dtype)
+        return _codebook(state_bits).to(device, dtype)
 
 
-def sequence_lengths(m: int) -> list[int]:
-    """Return the lengths of the sequences into which m rows are cut, near 128, equal if possible.
+def permuted_states(state: Tensor, state_bits: int) -> Tensor:
+    """Return the rank of each state's value, a permutation computed from the state, int64.
 
-    A divisor of m between 64 and 256 is taken where there is one; otherwise lengths differ by one.
+    Three products with odd numbers and two shifted differences, all modulo 2^L.
     """
-    wanted = max(1, round(m / SEQUENCE))
-    for count in sorted(range(-(-m // 256), m // 64 + 1), key=lambda n: abs(n - wanted)):
-        if m % count == 0:
-            return [m // count] * count
-    short, longer = divmod(m, wanted)
-    return [short + 1] * longer + [short] * (wanted - longer)
+    mask, half = (1 << state_bits) - 1, state_bits // 2
+    first, second, third = _MIXERS
+    rank = (state * first) & mask
+    rank = ((rank ^ (rank >> half)) * second) & mask
+    return ((rank ^ (rank >> half)) * third) & mask
 
 
-@functools.lru_cache(maxsize=32)
-def _earlier_rows(lengths: tuple[int, ...]) -> Tensor:
-    """Return for each row the rows of its state, newest first, (5, m), around the seam."""
-    starts = [0, *itertools.accumulate(lengths)]
-    rows = [
-        [
-            start + (i - back) % n
-            for start, n in zip(starts, lengths, strict=False)
-            for i in range(n)
-        ]
-        for back in range(SYMBOLS)
-    ]
-    return torch.tensor(rows)
+def runs_of(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return (first row, rows of a sequence, sequences) of each run of equal lengths."""
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    for n in lengths:
+        if runs and runs[-1][1] == n:
+            runs[-1] = (runs[-1][0], n, runs[-1][2] + 1)
+        else:
+            runs.append((start, n, 1))
+        start += n
+    return runs
 
 
-@functools.lru_cache(maxsize=32)
-def _earlier_rows_there(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return _earlier_rows(lengths).to(device)
+def _states(codes: Tensor, trellis: Trellis) -> Tensor:
+    """Return the states (..., n) of codes (..., symbols - 1 + n), those before the first in front.
+
+    Codes are joined to pairs, pairs to fours, and so on: fewer passes than there are codes.
+    """
+    state, have = codes.to(torch.int32), 1
+    while have < trellis.symbols:
+        take = min(have, trellis.symbols - have)
+        low = state[..., take:]
+        if take < have:
+            low = low & ((1 << (trellis.bits * take)) - 1)
+        state = low | state[..., : state.shape[-1] - take] << (trellis.bits * take)
+        have += take
+    return state & (trellis.states - 1)
 
 
-def earlier_rows(m: int) -> Tensor:
-    """Return for each row of a matrix the five rows of its state, newest first, (5, m), int64."""
-    return _earlier_rows(tuple(sequence_lengths(m)))
-
-
-def decode(codes: Tensor, lengths: list[int] | None = None) -> Tensor:
+def decode(codes: Tensor, trellis: Trellis, lengths: Sequence[int] | None = None) -> Tensor:
     """Return the unscaled values of codes; whole sequences only.
 
     Args:
-        codes: (..., m) integers in 0..3, the rows of W along the last axis.
-        lengths: of the sequences; default those of a matrix of m rows. A tile of a larger matrix
-            passes the lengths of its own sequences.
+        codes: (..., m) integers, the rows of W along the last axis.
+        trellis: Of the codes.
+        lengths: of the sequences; default those of a matrix of m rows.
 
     Returns:
         float32 (..., m).
     """
-    m = codes.shape[-1]
-    of = tuple(lengths or sequence_lengths(m))
-    rows = _earlier_rows_there(of, codes.device) if codes.is_cuda else _earlier_rows(of)
-    symbols = codes.to(torch.int64)
-    state = symbols[..., rows[0]]
-    for back in range(1, SYMBOLS):
-        state = state + (symbols[..., rows[back]] << (2 * back))
-    return codebook(codes.device)[state]
+    values, parts = trellis.values(codes.device), []
+    before = trellis.symbols - 1
+    for start, n, count in runs_of(lengths or trellis.lengths(codes.shape[-1])):
+        block = codes[..., start : start + n * count].unflatten(-1, (count, n))
+        if before <= n:
+            head = block[..., n - before :]
+        else:  # around more than once
+            head = block[..., torch.arange(-before, 0, device=codes.device) % n]
+        state = _states(torch.cat([head, block], -1), trellis)
+        parts.append(values.index_select(0, state.flatten()).view(state.shape).flatten(-2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def decode_rows(read: Callable[[int, int], Tensor], m: int, start: int, stop: int) -> Tensor:
+def decode_rows(
+    read: Callable[[int, int], Tensor], trellis: Trellis, m: int, start: int, stop: int
+) -> Tensor:
     """Return the unscaled values of rows start to stop of a matrix whose codes are read in pieces.
 
     Args:
         read: gives the codes (rows, d) of a range of rows.
+        trellis: Of the codes.
         m: rows of the matrix.
         start: first row.
         stop: the row after the last.
@@ -131,175 +210,21 @@ def decode_rows(read: Callable[[int, int], Tensor], m: int, start: int, stop: in
     Returns:
         float32 (stop - start, d).
     """
-    first, taken = 0, 0
-    lengths: list[int] = []
-    for n in sequence_lengths(m):
-        if taken + n > start and taken < stop:
-            first = first if lengths else taken
-            lengths.append(n)
-        taken += n
-    codes = read(first, first + sum(lengths))
-    return decode(codes.T, lengths).T[start - first : stop - first]
-
-
-def encode(x: Tensor, weight: Tensor) -> Tensor:
-    r"""Return the codes of one column that minimise :math:`\sum_r w_r (x_r - v_r)^2`, nearly.
-
-    Exact but for the codes at the seam of each sequence, which are guessed from the 16 rows on
-    either side and then held.
-
-    Args:
-        x: targets divided by the scale of their row, (m,).
-        weight: w, squared scales, (m,).
-
-    Returns:
-        int64 (m,) in 0..3.
-    """
-    lengths = sequence_lengths(len(x))
-    parts: list[Tensor] = []
-    for n, group in itertools.groupby(lengths):
-        size = n * len(list(group))
-        taken = sum(part.numel() for part in parts)
-        rows = slice(taken, taken + size)
-        parts.append(_encode_batch(x[rows].view(-1, n), weight[rows].view(-1, n)).reshape(-1))
-    return torch.cat(parts)
-
-
-def _encode_batch(x: Tensor, weight: Tensor) -> Tensor:
-    """Encode sequences of one length, (batch, n); exhaustively where n is shorter than a state."""
-    n = x.shape[1]
-    if n < SYMBOLS:
-        every = torch.cartesian_prod(*[torch.arange(4)] * n).view(-1, n).to(x.device)
-        values = decode(every, [n]).to(x.dtype)
-        error = ((x[:, None] - values) ** 2 * weight[:, None]).sum(-1)
-        return every[error.argmin(1)]
-    window = min(_SEAM, n)
-    around = torch.cat([torch.arange(n - window, n), torch.arange(window)]).to(x.device)
-    guess = _viterbi(x[:, around], weight[:, around], None)
-    seam = torch.zeros_like(guess[:, 0])
-    for i in range(window - (SYMBOLS - 1), window):
-        seam = (seam << 2) | guess[:, i]
-    return _viterbi(x, weight, seam)
-
-
-def _viterbi(x: Tensor, weight: Tensor, seam: Tensor | None) -> Tensor:
-    """Return the best codes (batch, n); the four codes at both ends are `seam` if it is given.
-
-    A state is 4 u + c, c its newest code; costs are laid out (c, batch, u), in which a step is a
-    minimum over contiguous quarters, a small transposition and an addition. What a step reads and
-    writes stays in a processor's cache: only the choices are kept, a byte for each.
-    """
-    batch, n = x.shape
-    quarter, sixteenth = STATES // 4, STATES // 16
-    empty = functools.partial(torch.empty, dtype=x.dtype, device=x.device)
-    value = codebook(x.device, x.dtype).view(quarter, 4).T[:, None]  # (c, 1, u)
-    older = torch.arange(quarter, device=x.device)
-    ends = 4 * (older % sixteenth) + torch.arange(4, device=x.device)[:, None, None]
-    closed = torch.zeros(4, batch, quarter, dtype=x.dtype, device=x.device)
-    if seam is not None:
-        closed.masked_fill_(ends != seam[:, None], float("inf"))
-    scale = weight.T[:, None, :, None]
-    target, square = scale * x.T[:, None, :, None], value.square()
-    cost = closed.clone()
-    # States 4 u + c follow the four states p * 256 + u.
-    before = cost.view(4, batch, 4, sixteenth)
-    first, second, third, fourth = before.unbind(2)
-    low, high, best = (empty(4, batch, sixteenth) for _ in range(3))
-    entering, terms = empty(batch, sixteenth, 4), empty(_STEPS, 4, batch, quarter)
-    worse = torch.empty(n, 4, batch, 3, sixteenth, dtype=torch.bool, device=x.device)
-    for start in range(0, n, _STEPS):
-        steps = slice(start, min(start + _STEPS, n))
-        # w (x - v)^2 without its constant part, for the next few steps and all states.
-        ahead = torch.mul(scale[steps], square, out=terms[: steps.stop - start])
-        ahead.addcmul_(target[steps], value, value=-2)
-        for t, term in enumerate(ahead, start):
-            torch.minimum(first, second, out=low)
-            torch.minimum(third, fourth, out=high)
-            torch.minimum(low, high, out=best)
-            torch.ne(before[:, :, :3], best[:, :, None], out=worse[t])
-            entering.copy_(best.permute(1, 2, 0))
-            torch.add(term, entering.view(batch, quarter), out=cost)
-    last = (cost + closed).permute(1, 2, 0).reshape(batch, STATES).argmin(1)
-    # The first of the four that is not worse than the best, from 0.
-    one, two, three = worse[1:].view(torch.uint8).unbind(3)
-    oldest = (one * (1 + two * (1 + three))).permute(0, 2, 3, 1).to(torch.int64)
-    offset = torch.arange(batch, device=x.device) * quarter
-    came = oldest.mul_(sixteenth).add_(older[:sixteenth, None])
-    came = came.reshape(n - 1, batch, quarter).add_(offset[:, None]).flatten(1)
-    path = torch.empty(n, batch, dtype=torch.int64, device=x.device)
-    path[n - 1] = (last >> 2) + offset
-    for t in range(n - 1, 0, -1):
-        torch.take(came[t - 1], path[t], out=path[t - 1])
-    # The newest code of a step is the lowest of the older codes one step later.
-    return torch.cat([path[1:] & 3, (last & 3)[None]]).T
-
-
-class TrellisGrid:
-    """Trellis-coded values: value = scale * v(state), one scale per row, group or matrix.
-
-    Args:
-        scales: (groups, m).
-        group: (d,) int64, the group of each column.
-    """
-
-    def __init__(self, scales: Tensor, group: Tensor) -> None:
-        self.group = group
-        self.zeros = torch.zeros_like(scales)
-        self._of = group.tolist()
-        self.set_scales(scales)
-
-    def set_scales(self, scales: Tensor) -> None:
-        """Replace the scales, (groups, m)."""
-        self.scales = scales
-        self._inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-
-    def round_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
-        """Write nearly the best codes and their values of column j, all (m,)."""
-        g = self._of[j]
-        found = encode(x * self._inverse[g], self.scales[g].square())
-        code.copy_(found)
-        torch.mul(decode(found).to(value.dtype), self.scales[g], out=value)
-
-    def improve_column(self, x: Tensor, j: int, code: Tensor, value: Tensor) -> None:
-        """Write the new codes of those sequences that come nearer to x, and keep the others."""
-        g = self._of[j]
-        old_code = code.clone()
-        old = decode(old_code).to(value.dtype) * self.scales[g]
-        self.round_column(x, j, code, value)
-        gain = (x - old).square() - (x - value).square()
-        parts = torch.split_with_sizes(gain, sequence_lengths(len(x)))
-        kept = torch.cat([part.sum().expand(len(part)) > 0 for part in parts])
-        torch.where(kept, code, old_code, out=code)
-        torch.where(kept, value, old, out=value)
-
-    def round_all(self, x: Tensor) -> Tensor:
-        """Return codes (d, m) of x (d, m), column by column."""
-        codes, value = torch.empty_like(x), torch.empty_like(x[0])
-        for j in range(len(x)):
-            self.round_column(x[j], j, codes[j], value)
-        return codes
-
-    def units(self, codes: Tensor, columns: Tensor) -> Tensor:
-        """Return v(state), (n, m)."""
-        return decode(codes).to(self.scales.dtype)
-
-    def values(self, codes: Tensor, columns: Tensor) -> Tensor:
-        """Return scale * v(state), (n, m)."""
-        return self.units(codes, columns).mul_(self.scales[self.group[columns]])
-
-    def join(self, others: Sequence[TrellisGrid]) -> TrellisGrid:
-        """Return the grid of the outputs of all, along m."""
-        scales = torch.cat([grid.scales for grid in (self, *others)], 1)
-        return TrellisGrid(scales, self.group)
-
-
-def fit_trellis(x: Tensor, settings: LayerSettings) -> TrellisGrid:
-    """Return a grid whose scales are the root mean squares of targets x (d, m)."""
-    d, m = x.shape
-    group = column_groups(d, settings.group_size).to(x.device)
-    rows = []
-    for g in range(int(group[-1]) + 1):
-        square = x[group == g].square()
-        mean = square.mean().expand(m) if settings.group_size == 0 else square.mean(0)
-        rows.append(stored(mean.sqrt(), settings.scale_dtype))
-    return TrellisGrid(torch.stack(rows), group)
+    before, first, parts = trellis.symbols - 1, 0, []
+    values: Tensor | None = None
+    for n in trellis.lengths(m):
+        low, high = max(start, first), min(stop, first + n)
+        if low < high:
+            if n <= before:
+                whole = decode(read(first, first + n).T, trellis, [n]).T
+                parts.append(whole[low - first : high - first])
+            else:
+                missing = max(0, before - (low - first))
+                codes = read(low - before + missing, high)
+                if missing:  # what comes before the first row is at the end of the sequence
+                    codes = torch.cat([read(first + n - missing, first + n), codes])
+                values = trellis.values(codes.device) if values is None else values
+                state = _states(codes.T, trellis).T
+                parts.append(values.index_select(0, state.flatten()).view(state.shape))
+        first += n
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

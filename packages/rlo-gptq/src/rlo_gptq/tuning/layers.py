@@ -22,7 +22,7 @@ from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.packed.tied_head import TiedHead
 from rlo_gptq.packed.unpack_table import unpack_values
 from rlo_gptq.rounding.grids import symmetric_zero
-from rlo_gptq.rounding.trellis import decode_rows
+from rlo_gptq.rounding.trellis import decode_rows, trellis_of
 from rlo_gptq.tuning.parameters import StoredParameter
 from rlo_gptq.tuning.product import spread, tiled_product
 
@@ -90,9 +90,11 @@ class TunedWeight(nn.Module):
     def units(self, start: int, stop: int) -> Tensor:
         """Return what scales multiply in some rows, (some, d), float32, zeros not yet taken off."""
         packed = self.packed
-        if packed.settings.grid == "trellis":
+        trellis = trellis_of(packed.settings.grid, packed.bits)
+        if trellis is not None:
             return decode_rows(
                 lambda a, b: unpack_codes(packed.weight[a:b], packed.bits, packed.columns),
+                trellis,
                 packed.rows,
                 start,
                 stop,
