@@ -8,6 +8,7 @@ from gpu_trace import Trace, fake_gpu
 from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.rounding import trellis
 from rlo_gptq.rounding.rotation import Transform
+from rlo_gptq.rounding.trellis import Trellis
 from rlo_gptq.settings import LayerSettings
 
 pytest.importorskip("triton")
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 PLAIN = LayerSettings(bits=2, method="gptq", group_size=128)
 ROTATED = LayerSettings(bits=2, incoherence="hadamard", rescale=True)
 TRELLIS = LayerSettings(grid="trellis", incoherence="hadamard")
+WIDE = LayerSettings(grid="trellis:L=12", incoherence="hadamard")
 THREE = LayerSettings(bits=3, method="gptq", group_size=128, sym=False, rescale=True)
 
 
@@ -25,8 +27,9 @@ def traced(
     from rlo_gptq.packed import matmul_kernel, product
 
     # What is kept from call to call must be no fake tensor on the CPU, and none from another trace.
-    trellis.earlier_rows(4096), trellis.codebook(torch.device("cpu"))
-    kept = (product._trellis_tables, trellis._codebook_there, trellis._earlier_rows_there)
+    for kind in (Trellis(2, 10), Trellis(2, 12)):
+        kind.rows_of_states(4096), kind.values(torch.device("cpu"))
+    kept = (product._trellis_tables, trellis._codebook_there)
     for table in kept:
         table.cache_clear()
     with fake_gpu(matmul_kernel, scalar=0, devices=2) as trace, torch.no_grad():
@@ -53,7 +56,7 @@ def test_one_row_takes_few_launches_and_never_waits(settings, launches):
     assert not trace.double
 
 
-@pytest.mark.parametrize("settings", [PLAIN, ROTATED, TRELLIS, THREE])
+@pytest.mark.parametrize("settings", [PLAIN, ROTATED, TRELLIS, WIDE, THREE])
 def test_many_rows_unpack_a_layer_in_few_tiles(settings):
     trace = traced(settings, 17)
     assert not trace.syncs, trace.summary()

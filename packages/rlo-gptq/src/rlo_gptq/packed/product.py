@@ -106,9 +106,9 @@ def kernel_applies(x: Tensor, stored: Stored) -> bool:
     from rlo_gptq.packed.matmul_kernel import kernel_lanes
 
     groups = stored.scales.shape[1]
-    return kernel_lanes(
-        stored.bits, stored.group_size, groups, trellis=stored.trellis > 0
-    ) is not None
+    return (
+        kernel_lanes(stored.bits, stored.group_size, groups, trellis=stored.trellis > 0) is not None
+    )
 
 
 def packed_product(

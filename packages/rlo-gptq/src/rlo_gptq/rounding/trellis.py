@@ -18,6 +18,7 @@ trellis encoding", 2010 (random permutation codes); QTIP (2406.11235), weights, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,9 +92,15 @@ class Trellis:
 
     def rows_of_states(self, m: int) -> Tensor:
         """Return for each of m rows those of its state, newest first, (symbols, m), int64."""
-        parts, first = [], 0
-        for n in self.lengths(m):
-            back = torch.arange(self.symbols)[:, None]
+        return _rows_of_states(self, m)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows_of_states(trellis: Trellis, m: int) -> Tensor:
+    parts, first = [], 0
+    with torch.inference_mode(False):
+        for n in trellis.lengths(m):
+            back = torch.arange(trellis.symbols)[:, None]
             parts.append(first + (torch.arange(n) - back) % n)
             first += n
         return torch.cat(parts, 1)
@@ -210,21 +217,26 @@ def decode_rows(
     Returns:
         float32 (stop - start, d).
     """
-    before, first, parts = trellis.symbols - 1, 0, []
-    values: Tensor | None = None
-    for n in trellis.lengths(m):
-        low, high = max(start, first), min(stop, first + n)
-        if low < high:
-            if n <= before:
-                whole = decode(read(first, first + n).T, trellis, [n]).T
-                parts.append(whole[low - first : high - first])
-            else:
-                missing = max(0, before - (low - first))
-                codes = read(low - before + missing, high)
-                if missing:  # what comes before the first row is at the end of the sequence
-                    codes = torch.cat([read(first + n - missing, first + n), codes])
-                values = trellis.values(codes.device) if values is None else values
-                state = _states(codes.T, trellis).T
-                parts.append(values.index_select(0, state.flatten()).view(state.shape))
-        first += n
+    before, parts = trellis.symbols - 1, []
+    bounds = [0, *itertools.accumulate(trellis.lengths(m))]
+    inside = [(a, b) for a, b in itertools.pairwise(bounds) if b > start and a < stop]
+    whole = [(a, b) for a, b in inside if start <= a and b <= stop]
+    for first, end in inside:
+        low, high = max(start, first), min(stop, end)
+        if whole and (first, end) == whole[0]:  # all of them at once
+            lengths = [b - a for a, b in whole]
+            parts.append(decode(read(first, whole[-1][1]).T, trellis, lengths).T)
+        elif (first, end) in whole:
+            continue
+        elif end - first <= before:
+            decoded = decode(read(first, end).T, trellis, [end - first]).T
+            parts.append(decoded[low - first : high - first])
+        else:
+            missing = max(0, before - (low - first))
+            codes = read(low - before + missing, high)
+            if missing:  # what comes before the first row is at the end of the sequence
+                codes = torch.cat([read(end - missing, end), codes])
+            state = _states(codes.T, trellis).T
+            values = trellis.values(codes.device).index_select(0, state.flatten())
+            parts.append(values.view(state.shape))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
