@@ -207,5 +207,6 @@ def hf() -> SimpleNamespace:
         relative_error=relative_error,
         rooted_mean=rooted_mean,
         scores_and_labels=scores_and_labels,
+        tiny=tiny,
         update_of=update_of,
     )

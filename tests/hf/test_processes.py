@@ -61,6 +61,7 @@ def two_processes(tmp_path, name, mode):
         ("gpt2", "ddp"),
         ("t5", "ddp"),
         ("llama", "fsdp2"),
+        ("llama", "fsdp2-logits"),
         ("llama", "accelerate"),
     ],
 )
@@ -83,6 +84,20 @@ def test_class_weights_divide_by_their_sum_over_both_processes(tmp_path, hf):
     logits, labels = hf.scores_and_labels(model, "llama", hf.collate(hf.examples("llama")))
     weight = torch.linspace(0.2, 3.0, logits.shape[-1])
     rooted_loss(logits.flatten(0, 1), labels.flatten(), k=5, weight=weight).backward()
+    assert hf.relative_error(got, hf.gradients(model)) < 3e-6
+
+
+def test_weights_of_tokens_are_summed_over_both_processes(tmp_path, hf):
+    """The mean divides by the sum of all weights, of which the two have different shares."""
+    got, _ = two_processes(tmp_path, "llama", "token-weights")
+    rows = hf.examples("llama")
+    model = hf.build("llama").train()
+    logits, labels = hf.scores_and_labels(model, "llama", hf.collate(rows))
+    spread = [torch.linspace(-0.3, 1.0 + i, len(row["labels"])) for i, row in enumerate(rows)]
+    weight = torch.nn.utils.rnn.pad_sequence(spread, batch_first=True)[:, 1:]
+    kept = labels != -100
+    log_p = logits[kept].log_softmax(-1).gather(-1, labels[kept].unsqueeze(-1)).squeeze(-1)
+    ((weight[kept] * 5 * (1 - (log_p / 5).exp())).sum() / weight[kept].sum()).backward()
     assert hf.relative_error(got, hf.gradients(model)) < 3e-6
 
 

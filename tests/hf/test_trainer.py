@@ -468,3 +468,27 @@ def test_wrong_arguments_are_refused(tmp_path, hf):
         Trainer(model, smoothed, loss=RootedLoss(label_smoothing=0.3))
     with pytest.raises(SpecError, match=r"^loss 'doubled' has no link, so it cannot honour lab"):
         Trainer(model, smoothed, loss=doubled)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_takes_the_fused_path_and_is_compiled_once(tmp_path, hf):
+    """The output layer is the one break in the graph; three updates on shapes of one size."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rows = [row for row in hf.examples("llama", 24) if len(row["input_ids"]) == 9]
+    args = hf.arguments(
+        tmp_path,
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        max_steps=3,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+    )
+    grab = hf.GrabGradients()
+    trainer = Trainer(hf.build("llama"), args, hf.collate, rows, loss="rlo:k=5", callbacks=[grab])
+    trainer.train()
+    assert trainer.linear_path == "fused"
+    expected = hf.expected_gradient("llama", rows[:2], 5.0)
+    assert hf.relative_error(grab.value, expected) < 3e-6
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

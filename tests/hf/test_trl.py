@@ -201,7 +201,7 @@ def test_the_arguments_are_trls_in_their_order_and_then_the_loss():
     from rlo_hf.trl import SFTTrainer
 
     theirs = list(inspect.signature(trl.SFTTrainer.__init__).parameters)
-    own = ["loss", "check", "linear", "eval_loss", "weight_mean"]
+    own = ["loss", "check", "linear", "eval_loss", "weight_mean", "weights", "reference_model"]
     assert list(inspect.signature(SFTTrainer.__init__).parameters) == [*theirs, *own]
 
 

@@ -1,8 +1,8 @@
 """One process of two: an update and an evaluation, saved by the first. Run by test_processes.py.
 
-Modes: "ddp", "fused", "local" (labels are averaged within each process), "fsdp2" (by the Trainer's
-arguments), "accelerate" (FSDP2 by the configuration of `accelerate launch`), "zero1" to "zero3",
-"weights" (as "ddp", with class weights).
+Modes: "ddp", "fused", "token-weights" (a column of weights), "local" (labels are averaged within each
+process), "fsdp2" and "fsdp2-logits" (by the Trainer's arguments), "accelerate" (FSDP2 by the
+configuration of `accelerate launch`), "zero1" to "zero3", "weights" (as "ddp", with class weights).
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ import torch.distributed
 import transformers
 
 RATE = 0.5
+FUSED = ("fused", "fsdp2", "accelerate", "token-weights")
 
 
 class Grab(transformers.TrainerCallback):
@@ -40,7 +41,7 @@ def options_of(mode, name):
     """What the Trainer's arguments have beside the common ones."""
     if mode == "local":
         return {"average_tokens_across_devices": False}
-    if mode == "fsdp2":
+    if mode.startswith("fsdp2"):
         wrap = "T5Block" if name == "t5" else "LlamaDecoderLayer"
         config = {"version": 2, "transformer_layer_cls_to_wrap": [wrap]}
         return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
@@ -112,14 +113,18 @@ def main(name: str, mode: str, out: str) -> None:
         args = tiny.arguments(Path(folder), **{**common, **options_of(mode, name)})
         model = tiny.build(name)
         before = weights(model, "")
+        rows = tiny.examples(name)
+        if mode == "token-weights":
+            for i, row in enumerate(rows):
+                row["loss_weight"] = torch.linspace(-0.3, 1.0 + i, len(row["labels"])).tolist()
         trainer = Trainer(
             model,
             args,
             tiny.collate,
-            tiny.examples(name),
+            rows,
             tiny.examples(name, 7, seed=3),
             loss=loss_of(mode, model),
-            linear="fused" if mode == "fused" else "off",
+            linear="fused" if mode in FUSED else "off",
             callbacks=[grab],
         )
         metrics = None

@@ -10,6 +10,7 @@ it is asked for, alone.
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,11 +39,12 @@ class LossSpec:
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[LossSpec, ...] = ()
+    terms: tuple[LossSpec, ...] = ()
 
     def __str__(self) -> str:
         inside = ",".join(f"{key}={value}" if key else value for key, value in self.options.items())
         own = f"{self.name}:{inside}" if inside else self.name
-        return "*".join([own, *map(str, self.gates)])
+        return "+".join(["*".join([own, *map(str, self.gates)]), *map(str, self.terms)])
 
     def with_options(self, **options: object) -> LossSpec:
         """Return the spec with options added; one already there with another value is an error."""
@@ -53,11 +55,11 @@ class LossSpec:
                 raise SpecError(
                     f"option {key!r} is given twice, as {merged[key]} in '{self}' and as {text}"
                 )
-        return LossSpec(self.name, merged, self.gates)
+        return LossSpec(self.name, merged, self.gates, self.terms)
 
 
 def parse_spec(spec: str | LossSpec) -> LossSpec:
-    """Parse `NAME[:option=value,...][*GATE[:option=value,...]]...`; looks no name up.
+    """Parse `NAME[:option=value,...][*GATE[:...]]...[+TERM[:...]]...`; looks no name up.
 
     Raises:
         SpecError: the string is not of that form.
@@ -66,10 +68,14 @@ def parse_spec(spec: str | LossSpec) -> LossSpec:
         return spec
     if not isinstance(spec, str):
         raise SpecError(f"loss must be a spec string such as 'rlo:k=8,m=10', got {spec!r}")
-    first, *gates = spec.split("*")
+    product, *terms = re.split(r"\+(?=\s*[A-Za-z])", spec)  # the + of 1e+5 is none of ours
+    first, *gates = product.split("*")
     own = _parse_term(first, spec, gate=False)
     return LossSpec(
-        own.name, own.options, tuple(_parse_term(gate, spec, gate=True) for gate in gates)
+        own.name,
+        own.options,
+        tuple(_parse_term(gate, spec, gate=True) for gate in gates),
+        tuple(_parse_term(term, spec, gate=True) for term in terms),
     )
 
 
@@ -184,6 +190,8 @@ def create_loss(
         PluginError: the plugin does not import, or its name is claimed twice.
     """
     spec = parse_spec(spec)
+    if spec.terms:
+        return _anchored(spec, weight, ignore_index, label_smoothing, reduction)
     if spec.gates:
         return _gated(spec, weight, ignore_index, label_smoothing, reduction)
     factory = load_factory(spec.name)
@@ -231,6 +239,31 @@ def _gated(
     return GatedLoss(
         criterion,
         gates,
+        ignore_index=ignore_index,
+        reduction=reduction,  # type: ignore[arg-type]
+    )
+
+
+def _anchored(
+    spec: LossSpec,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> nn.Module:
+    from rlo_core.terms import AnchoredLoss, create_term
+
+    terms = [create_term(term.name, dict(term.options)) for term in spec.terms]
+    criterion = create_loss(
+        LossSpec(spec.name, spec.options, spec.gates),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    return AnchoredLoss(
+        criterion,
+        terms,
         ignore_index=ignore_index,
         reduction=reduction,  # type: ignore[arg-type]
     )

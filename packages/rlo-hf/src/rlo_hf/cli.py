@@ -166,6 +166,9 @@ def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
     show_default=True,
     help="The fused linear loss.",
 )
+@_option(
+    "--teacher", metavar="MODEL", help="Hold the model to a teacher: adds +kl:beta=1 to the loss."
+)
 @_option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @_option("--save", type=click.Path(path_type=Path), help="The model's folder. [default: OUT/model]")
 @_option("--no-save", is_flag=True, help="Keep no model.")
@@ -236,7 +239,9 @@ def finetune(
     )
     summary = result.summary()
     if as_json:
-        click.echo(json.dumps({"out": folder, "loss": spec, **summary}, indent=2, default=str))
+        click.echo(
+            json.dumps({"out": folder, "loss": options.loss, **summary}, indent=2, default=str)
+        )
         return
     click.echo(f"perplexity {summary['perplexity_before']:.3f}", nl=False)
     if "perplexity_after" in summary:

@@ -44,6 +44,13 @@ def adopt(trainer: Any, loss: str, *, eval_loss: Any = "ce", check: bool = True)
     kinds = [(cls.__module__, cls.__name__) for cls in type(trainer).__mro__]
     if hasattr(trainer, "open_slot"):
         return trainer
+    if any(name == "GKDTrainer" and module.startswith("trl.") for module, name in kinds):
+        from rlo_core.errors import RLOError
+
+        raise RLOError(
+            "GKDTrainer compares whole distributions and has no labels for a loss to act on; a "
+            "teacher beside a loss is rlo_hf.trl.SFTTrainer(loss='rlo+kl', reference_model=TEACHER)"
+        )
     if ("trl.trainer.sft_trainer", "SFTTrainer") in kinds:
         from rlo_hf.trl import RootedSFTMixin
 

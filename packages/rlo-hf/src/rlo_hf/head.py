@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rlo_core.errors import RLOError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Where models keep the factor of their logits; `logits_scaling` divides in some and multiplies in
@@ -78,7 +79,8 @@ def separate(model: nn.Module) -> Head:
         raise HeadError(f"its output layer is {type(linear).__name__}, not a plain nn.Linear")
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
         raise HeadError("its output layer has hooks")
-    if linear.weight.is_meta or type(linear.weight.data) is not Tensor:
+    # FSDP2 has a DTensor there; the whole weight comes back while its module's forward runs.
+    if linear.weight.is_meta or type(linear.weight.data) not in (Tensor, DTensor):
         raise HeadError(f"its output weight is a {type(linear.weight.data).__name__} or on meta")
     config: Any = model.config
     text = config.get_text_config()

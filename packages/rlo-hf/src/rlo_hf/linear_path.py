@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from rlo_core.errors import RLOError
+from rlo_core.linear.divergence import Layer
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from rlo_hf.conventions import matched
 from rlo_hf.head import Head, HeadError, autocast_pair, replaced, separate
-from rlo_hf.objective import Objective
+from rlo_hf.objective import IGNORE_INDEX, Objective
 from rlo_hf.tasks import Task
 
 logger = logging.get_logger(__name__)
@@ -51,6 +53,9 @@ class LinearPath:
         self.keep = False
         self.seen: tuple[Head, Tensor] | None = None
         self._head: Head | None = None
+        self._call: tuple[Tensor, Tensor | None, Layer | None] | None = None
+        # One function for all calls: a compiled model would be compiled anew for another one.
+        self._forward = torch.compiler.disable(self._in_place_of_logits)
         self._base: weakref.ref[nn.Module] | None = None
 
     def decide(self, base: nn.Module, host: Any) -> None:
@@ -87,19 +92,22 @@ class LinearPath:
             return "the loss has no link"
         if self.objective.weight is not None:
             return "the loss has class weights"
-        if host.args.torch_compile:
-            return "torch_compile is on"
-        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
-            return "FSDP and DeepSpeed shard the output weight"
+        if host.is_deepspeed_enabled:
+            return "DeepSpeed shards the output weight"
+        if host.is_fsdp_enabled and not host.accelerator.is_fsdp2:
+            return "FSDP 1 keeps the output weight in a flat parameter"
         return None
 
     @contextmanager
-    def taken(self, target: Tensor, weights: Tensor | None = None) -> Iterator[None]:
+    def taken(
+        self, target: Tensor, weights: Tensor | None = None, anchor: Layer | None = None
+    ) -> Iterator[None]:
         """Let a forward call inside the block leave its loss in `total`, if the path is fused.
 
         Args:
             target: Labels in the places of the predictions, (B, T), -100 ignored.
             weights: Their weights, (B, T), or None.
+            anchor: The reference's states at the kept labels and its layer, for terms of the loss.
         """
         self.total = None
         head = self._head
@@ -107,17 +115,54 @@ class LinearPath:
             yield
             return
 
-        def forward(hidden: Tensor) -> Tensor:
-            self.total = self._total(head, hidden, target, weights)
-            self.seen = (head, hidden.detach()) if self.keep else None
-            # In the place of the logits: DDP finds the parameters that were used through the
-            # outputs.
-            return self.total.expand(*hidden.shape[:2], 1).clone()
+        self._call = (target, weights, anchor)
+        try:
+            with replaced(head.linear, self._forward):
+                yield
+        finally:
+            self._call = None
 
-        with replaced(head.linear, forward):
-            yield
+    def _in_place_of_logits(self, hidden: Tensor) -> Tensor:
+        """What the output layer does in a fused call."""
+        assert self._head is not None
+        assert self._call is not None
+        self.total = self._total(self._head, hidden, *self._call)
+        self.seen = (self._head, hidden.detach()) if self.keep else None
+        # DDP finds the parameters that were used through the outputs.
+        return self.total.expand(*hidden.shape[:2], 1).clone()
 
-    def _total(self, head: Head, hidden: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    def _total(
+        self,
+        head: Head,
+        hidden: Tensor,
+        target: Tensor,
+        weights: Tensor | None,
+        anchor: Layer | None,
+    ) -> Tensor:
+        own = self._own_total(head, hidden, target, weights)
+        if anchor is None:
+            return own
+        from rlo_core.linear import linear_kl_divergence
+
+        hidden = matched(hidden, target, self.task)
+        kept = (target != IGNORE_INDEX).to(hidden.device)
+        states, weight, bias = autocast_pair(hidden[kept] * head.scale, head.linear)
+        share = None if weights is None else weights.to(hidden.device)[kept]
+        for term in self.objective.terms:
+            own = own + term.scale * linear_kl_divergence(
+                states,
+                weight,
+                anchor,
+                bias=bias,
+                softcap=head.softcap,
+                temperature=term.temperature,
+                token_weight=share,
+            )
+        return own
+
+    def _own_total(
+        self, head: Head, hidden: Tensor, target: Tensor, weights: Tensor | None
+    ) -> Tensor:
         from rlo_core.linear import gated_linear_cross_entropy, link_linear_cross_entropy
 
         link = self.objective.link

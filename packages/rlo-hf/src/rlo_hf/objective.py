@@ -26,6 +26,7 @@ from rlo_core.gates import (
 )
 from rlo_core.links import Link
 from rlo_core.registry import LossSpec, create_loss, link_of
+from rlo_core.terms import KL, AnchoredLoss
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
@@ -44,15 +45,25 @@ class Objective:
             without ignored ones; with a `reduction` option it is asked for a sum, without one its
             scalar is taken as a mean. The `reduction` of a criterion is not used.
         label_smoothing: In [0, 1]; honoured by losses that have a link or take the option.
+        anchored: Whether the door can give the reference of a loss with `+kl`; its terms are then
+            in `terms`, and not in what this class computes.
 
     Raises:
         SpecError: unknown loss, or one that cannot honour the smoothing.
         TypeError: not a loss.
     """
 
-    def __init__(self, loss: Loss, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, loss: Loss, *, label_smoothing: float = 0.0, anchored: bool = False) -> None:
         self.name = str(loss) if isinstance(loss, (str, LossSpec)) else _name_of(loss)
         self.criterion = _criterion(loss, label_smoothing)
+        self.terms: tuple[KL, ...] = ()
+        if isinstance(self.criterion, AnchoredLoss):
+            if not anchored:
+                raise SpecError(
+                    f"loss {self.name!r} needs a reference model, which this door cannot give; use "
+                    "rlo_hf.Trainer or rlo_hf.trl.SFTTrainer (reference_model=)"
+                )
+            self.terms, self.criterion = self.criterion.terms, self.criterion.criterion
         _refuse_foreign(self.criterion, self.name)
         own = getattr(self.criterion, "label_smoothing", 0.0)
         if own and label_smoothing and own != label_smoothing:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from rlo_core.errors import RLOError
+from rlo_core.linear.divergence import Layer
 from torch import Tensor, nn
 
 from rlo_hf.conventions import (
@@ -28,7 +29,8 @@ from rlo_hf.conventions import (
 from rlo_hf.evaluation import EvalLoss, EvalSums, ExactEvaluation
 from rlo_hf.head import logits_of
 from rlo_hf.linear_path import Linear, LinearPath
-from rlo_hf.objective import Loss, Objective
+from rlo_hf.objective import IGNORE_INDEX, Loss, Objective
+from rlo_hf.reference import Reference, term_total
 from rlo_hf.schedule import ScheduleCallback
 from rlo_hf.self_check import FirstStep, SelfCheck, overrides, reference_total
 from rlo_hf.tasks import Task, base_of, config_of, task_of, virtual_tokens
@@ -54,6 +56,8 @@ class RootedLossMixin(ExactEvaluation):
     _weights: Tensor | None
     _callable: CallableGate | None
     _trusted: bool
+    _reference: Reference | None
+    _anchor: Layer | None
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class RootedLossMixin(ExactEvaluation):
         check: bool = True,
         weights: Weights | None = None,
         weight_mean: WeightMean = "weights",
+        reference_model: Any = None,
     ) -> None:
         refuse_second_slot(compute_loss_func)
         more: dict[str, Any] = {}
@@ -105,6 +110,7 @@ class RootedLossMixin(ExactEvaluation):
             check=check,
             weights=weights,
             weight_mean=weight_mean,
+            reference_model=reference_model,
         )
 
     def open_slot(
@@ -117,12 +123,14 @@ class RootedLossMixin(ExactEvaluation):
         check: bool = True,
         weights: Weights | None = None,
         weight_mean: WeightMean = "weights",
+        reference_model: Any = None,
     ) -> None:
         """Put the loss in a Trainer that is made; arguments as `Trainer`."""
         host = self._host
         refuse_second_slot(host.compute_loss_func)
         refuse_hosts(host)
-        self.loss_objective = Objective(loss, label_smoothing=smoothing_of(host))
+        smoothing = smoothing_of(host)
+        self.loss_objective = Objective(loss, label_smoothing=smoothing, anchored=True)
         if isinstance(self.loss_objective.criterion, nn.Module):
             self.loss_objective.criterion.to(host.args.device)
         self._callable = None if weights is None else CallableGate(weights)
@@ -138,6 +146,11 @@ class RootedLossMixin(ExactEvaluation):
             host.label_names = ["labels"]
         if len(host.label_names) != 1:
             raise RLOError(f"label_names must be one name, got {host.label_names}")
+        self._reference = self._anchor = None
+        if self.loss_objective.terms or reference_model is not None:
+            if self.task != "causal":
+                raise RLOError(f"a loss with '+kl' needs a causal language model, got {self.task}")
+            self._reference = Reference(self.loss_objective, reference_model, host)
         self._path = LinearPath(linear, self.loss_objective, self.task)
         self._eval_sums = EvalSums(eval_loss)
         self._targets = self._weights = None
@@ -229,6 +242,7 @@ class RootedLossMixin(ExactEvaluation):
             except RLOError:
                 return None
             total = reference_total(self.loss_objective, scores, target.to(scores.device), weights)
+            total = total + self._terms_of(scores, target)
             count = self._count(target, weights)
             if num_items_in_batch is not None:
                 count = torch.as_tensor(num_items_in_batch)
@@ -276,7 +290,10 @@ class RootedLossMixin(ExactEvaluation):
         if fused:
             self._path.decide(base, self._host)
             self._path.keep = checked
-        with self._path.taken(self._targets, self._weights) if fused else nullcontext():
+        if self._reference is not None and model.training:
+            self._anchor = self._reference.layer(model, inputs, self._targets)
+        taken = self._path.taken(self._targets, self._weights, self._anchor)
+        with taken if fused else nullcontext():
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -289,9 +306,10 @@ class RootedLossMixin(ExactEvaluation):
             loss = loss + router
         elif isinstance(outputs, tuple):
             outputs = (loss, *outputs)  # prediction_step takes the first of a tuple for the loss
-        self._targets = self._weights = self._path.total = self._path.seen = None
+        self._targets = self._weights = self._path.total = self._path.seen = self._anchor = None
         return (loss, outputs) if return_outputs else loss
 
+    @torch.no_grad()
     def _expect(self, outputs: Any, num_items_in_batch: Any, router: Tensor | float) -> None:
         """Tell the check what the loss should be, by the formula and from the same outputs."""
         target = self._targets
@@ -305,16 +323,35 @@ class RootedLossMixin(ExactEvaluation):
                 labels.to(rows.device),
                 self._weights,
             )
+            if self._anchor is not None:
+                kept = rows[(labels != IGNORE_INDEX).to(rows.device)]
+                total = total + self._terms(lambda start, stop: logits_of(head, kept[start:stop]))
         else:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
             logits = matched(logits, target, self.task)
             target = target.to(logits.device)
             total = reference_total(self.loss_objective, logits, target, self._weights)
+            total = total + self._terms_of(logits, target)
         count = num_items_in_batch
         if count is None:
             count = self._count(target, self._weights)
         total = total * self._processes(num_items_in_batch)
         self._check.expect(total, count, torch.as_tensor(router).detach())
+
+    def _terms(self, logits: Callable[[int, int], Tensor]) -> Tensor:
+        """The terms of the loss, from the logits of the kept labels."""
+        target, weights = self._targets, self._weights
+        assert target is not None
+        assert self._anchor is not None
+        share = None if weights is None else weights[target != IGNORE_INDEX]
+        return term_total(self.loss_objective.terms, logits, self._anchor, share)
+
+    def _terms_of(self, logits: Tensor, target: Tensor) -> Tensor | float:
+        """The terms of the loss, 0 for one without, from all logits."""
+        if self._anchor is None:
+            return 0.0
+        kept = logits[(target != IGNORE_INDEX).to(logits.device)]
+        return self._terms(lambda start, stop: kept[start:stop])
 
     def _slot(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """What the Trainer calls as `compute_loss_func`: the sum over labels by their count."""
@@ -334,6 +371,7 @@ class RootedLossMixin(ExactEvaluation):
                 share = None if self._weights is None else self._weights.flatten()
                 rows = logits.flatten(0, -2)
                 total = self.loss_objective.total(rows, target.flatten(), weights=share)
+                total = total + self._terms_of(logits, target)
         count = num_items_in_batch
         if count is None:
             count = self._count(target, self._weights)
@@ -367,6 +405,9 @@ class Trainer(RootedLossMixin, transformers.Trainer):
             without gradient, in training. The mean does not divide by these.
         weight_mean: Whether the mean divides by the sum of the `loss_weight` column over the kept
             labels ("weights") or by their number ("tokens").
+        reference_model: For a causal LM and a loss with `+kl`: the model whose distribution it is
+            held to (a copy of the start, a teacher with the same vocabulary). None for the trained
+            model without its adapters.
 
     A column `loss_weight` of the data, a number for a row or a list with one for each token, weighs
     the training loss; evaluation leaves it out.

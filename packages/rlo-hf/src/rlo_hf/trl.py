@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rlo_core._cross_entropy import apply_link
 from rlo_core.errors import RLOError
+from rlo_core.linear.divergence import Layer
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as HostTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from rlo_hf.conventions import (
     refuse_second_slot,
@@ -26,11 +28,12 @@ from rlo_hf.conventions import (
 from rlo_hf.evaluation import EvalLoss, EvalSums, ExactEvaluation
 from rlo_hf.linear_path import Linear
 from rlo_hf.objective import Loss, Objective
+from rlo_hf.reference import Reference
 from rlo_hf.schedule import ScheduleCallback
 from rlo_hf.self_check import FirstStep, SelfCheck
 from rlo_hf.tasks import base_of, virtual_tokens
-from rlo_hf.trl_head import HeadStep, kernel, reason_against
-from rlo_hf.weights import COLUMN, WeightCollator, WeightMean
+from rlo_hf.trl_head import HeadStep, kernel, layer_of, reason_against
+from rlo_hf.weights import COLUMN, CallableGate, WeightCollator, WeightMean, Weights
 
 if TYPE_CHECKING:
     from rlo_hf.trl_orpo import ORPOTrainer as ORPOTrainer
@@ -45,6 +48,8 @@ class RootedSFTMixin(ExactEvaluation):
     loss_objective: Objective
     linear_path: str
     _check: SelfCheck
+    _callable: CallableGate | None
+    _reference: Reference | None
 
     def open_slot(
         self,
@@ -54,6 +59,8 @@ class RootedSFTMixin(ExactEvaluation):
         linear: Linear = "auto",
         eval_loss: EvalLoss = "ce",
         weight_mean: WeightMean = "weights",
+        weights: Weights | None = None,
+        reference_model: Any = None,
     ) -> None:
         """Put the loss in an SFTTrainer that is made; arguments as `SFTTrainer`."""
         host = self._host
@@ -65,6 +72,9 @@ class RootedSFTMixin(ExactEvaluation):
         if weight_mean not in ("weights", "tokens"):
             raise ValueError(f"weight_mean must be 'weights' or 'tokens', got {weight_mean!r}")
         self.loss_objective = _with_link(loss)
+        self._callable = None if weights is None else CallableGate(weights)
+        if self._callable is not None:
+            self.loss_objective.add_gate(self._callable)
         reason = "linear='off'" if linear == "off" else reason_against(host.args)
         if reason is not None and linear == "fused":
             raise RLOError(f"linear='fused' is not possible: {reason}")
@@ -72,6 +82,13 @@ class RootedSFTMixin(ExactEvaluation):
         self._fused = reason is None
         if not self._fused and self.loss_objective.gates:
             raise RLOError(f"a loss with gates needs the fused path, and {reason}")
+        self._reference = None
+        if self.loss_objective.terms or reference_model is not None:
+            if not self._fused:
+                raise RLOError(f"a loss with '+kl' needs the fused path, and {reason}")
+            self._reference = Reference(self.loss_objective, reference_model, host)
+            if reference_model is not None:
+                add_fused_lm_head(reference_model)
         self.weight_mean = weight_mean
         if _has_column(host.train_dataset):
             if not self._fused:
@@ -127,6 +144,8 @@ class RootedSFTMixin(ExactEvaluation):
         training, pending = model.training, self._check.pending
         link = self.loss_objective.link
         assert link is not None
+        if self._callable is not None:
+            self._callable.batch = dict(inputs) if training else None
 
         def linked(*args: Any, **kwargs: Any) -> Any:
             expected: Tensor | None
@@ -141,9 +160,12 @@ class RootedSFTMixin(ExactEvaluation):
                     # Zero at ignored positions stays zero: every link is zero at zero.
                     outputs.log_probs = -apply_link(ce, link)
             else:
-                share = weights if training else None
                 step = HeadStep(
-                    self.loss_objective, share, training=training, check=training and pending
+                    self.loss_objective,
+                    weights if training else None,
+                    training=training,
+                    check=training and pending,
+                    anchor=self._anchor(model, args, kwargs) if training else None,
                 )
                 with kernel(step.apply):
                     outputs = model(*args, **kwargs)
@@ -164,6 +186,13 @@ class RootedSFTMixin(ExactEvaluation):
         return super().compute_loss(  # type: ignore[misc]
             linked, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _anchor(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Layer | None:
+        if self._reference is None:
+            return None
+        rest = {key: value for key, value in kwargs.items() if key != "output_router_logits"}
+        with self._reference.standing(model) as reference:
+            return layer_of(lambda: reference(*args, **rest))
 
     def _expect(
         self, outputs: Any, total: Any, num_items_in_batch: Any, weights: Tensor | None
@@ -208,6 +237,8 @@ class SFTTrainer(RootedSFTMixin, HostTrainer):
             raises where it is not, "off" keeps TRL's. `trainer.linear_path` says which runs.
         eval_loss: Whether `eval_loss` is "ce" or the "objective"; both have names of their own.
         weight_mean: As `rlo_hf.Trainer`, for a column `loss_weight`.
+        weights: As `rlo_hf.Trainer`.
+        reference_model: As `rlo_hf.Trainer`, for a loss with `+kl`.
 
     Raises:
         RLOError: a loss without a link or with class weights or smoothing; `loss_type="dft"` or
@@ -237,6 +268,8 @@ class SFTTrainer(RootedSFTMixin, HostTrainer):
         linear: Linear = "auto",
         eval_loss: EvalLoss = "ce",
         weight_mean: WeightMean = "weights",
+        weights: Weights | None = None,
+        reference_model: Any = None,
     ) -> None:
         _with_link(loss)
         refuse_second_slot(compute_loss_func)
@@ -263,7 +296,13 @@ class SFTTrainer(RootedSFTMixin, HostTrainer):
                 "with a list of weights for each row, without packing"
             )
         self.open_slot(
-            loss, check=check, linear=linear, eval_loss=eval_loss, weight_mean=weight_mean
+            loss,
+            check=check,
+            linear=linear,
+            eval_loss=eval_loss,
+            weight_mean=weight_mean,
+            weights=weights,
+            reference_model=reference_model,
         )
 
 
@@ -275,7 +314,7 @@ def _rows(losses: Tensor, ce: Tensor, mask: Tensor) -> Tensor:
 
 
 def _with_link(loss: Loss) -> Objective:
-    objective = Objective(loss)
+    objective = Objective(loss, anchored=True)
     if objective.link is None:
         raise RLOError(
             f"loss {objective.name!r} has no link; TRL has per-token log-probabilities only, so it "

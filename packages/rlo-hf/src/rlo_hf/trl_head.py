@@ -16,11 +16,17 @@ from typing import Any
 import torch
 import trl.trainer.utils as trl_utils
 from rlo_core.gates import RowStatistics, gate_factor
-from rlo_core.linear import gated_linear_cross_entropy, linear_log_probs
+from rlo_core.linear import (
+    gated_linear_cross_entropy,
+    linear_kl_divergence,
+    linear_log_probs,
+)
+from rlo_core.linear.divergence import Layer
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlo_hf.objective import Objective
+from rlo_hf.reference import term_total
 from rlo_hf.self_check import reference_total
 
 _KERNEL, _COMPACT = "_ChunkedLogProbFunction", "_use_triton"
@@ -104,6 +110,23 @@ def log_prob_kernel(
     return log_probs, rows.entropy, squares, rows.mean_logit, correct
 
 
+def layer_of(call: Callable[[], Any]) -> Layer:
+    """Return the states of the labelled tokens and the layer that TRL's head is given in a call."""
+    found: list[Layer] = []
+
+    def keep(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *rest: Any) -> Any:
+        temperature, _, softcap, scale, _ = rest
+        states, weight, bias, softcap = _as_the_model_does(
+            hidden, weight, bias, temperature, softcap, scale
+        )
+        found.append((states, weight.detach(), None if bias is None else bias.detach(), softcap))
+        return (hidden.new_zeros(len(target)), None, None, None, None)
+
+    with kernel(keep):
+        call()
+    return found[0]
+
+
 _STATISTICS = {
     "entropy": "entropy",
     "log_sum_sq_probs": "sum_sq",
@@ -121,6 +144,7 @@ class HeadStep:
         weights: The weight of each label that is not ignored, in order, or None.
         training: Whether the loss or the log-probabilities are wanted.
         check: Whether the loss is computed once more, by the formula.
+        anchor: The reference's states at the labels and its layer, for terms of the loss.
 
     Attributes:
         total: The loss summed over the labels, in training.
@@ -129,9 +153,15 @@ class HeadStep:
     """
 
     def __init__(
-        self, objective: Objective, weights: Tensor | None, *, training: bool, check: bool = False
+        self,
+        objective: Objective,
+        weights: Tensor | None,
+        *,
+        training: bool,
+        check: bool = False,
+        anchor: Layer | None = None,
     ) -> None:
-        self.objective, self.weights = objective, weights
+        self.objective, self.weights, self.anchor = objective, weights, anchor
         self.training, self.check = training, check
         self.total: Tensor | None = None
         self.rows: RowStatistics | None = None
@@ -177,6 +207,17 @@ class HeadStep:
             softcap=softcap,
             statistics=("entropy", "correct"),
         )
+        if self.anchor is not None:
+            for term in self.objective.terms:
+                total = total + term.scale * linear_kl_divergence(
+                    states,
+                    weight,
+                    self.anchor,
+                    bias=bias,
+                    softcap=softcap,
+                    temperature=term.temperature,
+                    token_weight=self.weights,
+                )
         self.rows, self.total = rows, total
         if self.check:
             self.expected = self._again(states, weight, bias, target, softcap)
@@ -200,4 +241,7 @@ class HeadStep:
             part = torch.nn.functional.linear(states[start:stop], weight, bias)
             return part if softcap is None else (part.float() / softcap).tanh() * softcap
 
-        return reference_total(self.objective, logits, target, self.weights)
+        total = reference_total(self.objective, logits, target, self.weights)
+        if self.anchor is None:
+            return total
+        return total + term_total(self.objective.terms, logits, self.anchor, self.weights)

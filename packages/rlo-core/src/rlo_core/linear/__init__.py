@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlo_core.linear.divergence import linear_kl_divergence
 from rlo_core.linear.fused import link_linear_cross_entropy, rooted_linear_loss
 from rlo_core.linear.gated import gated_linear_cross_entropy
 from rlo_core.linear.log_probs import linear_log_probs
@@ -13,6 +14,7 @@ __all__ = [
     "LinkLinearCrossEntropy",
     "Plan",
     "gated_linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_log_probs",
     "link_linear_cross_entropy",
     "plan_linear_loss",

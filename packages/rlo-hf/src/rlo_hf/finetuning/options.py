@@ -38,6 +38,8 @@ class FinetuneOptions:
         original: For "loftq", the model that was quantized.
         gradient_checkpointing: Recompute activations.
         linear: See `rlo_hf.trainer.Trainer`.
+        teacher: The model that a loss with `+kl` is held to; without such a term `+kl:beta=1` is
+            added. None for the model without its adapters.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -69,6 +71,7 @@ class FinetuneOptions:
     gradient_checkpointing: bool = False
     linear: Literal["auto", "fused", "off"] = "auto"
     trust_remote_code: bool = False
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("block", "batch_size", "accumulation"):
@@ -76,5 +79,7 @@ class FinetuneOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or -1, got {self.max_steps}")
+        if self.teacher is not None and "+kl" not in self.loss:
+            object.__setattr__(self, "loss", f"{self.loss}+kl:beta=1")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")

@@ -29,6 +29,7 @@ from rlo_hf.finetuning.adapters import check_adapters, with_adapters
 from rlo_hf.finetuning.options import FinetuneOptions
 from rlo_hf.finetuning.resuming import CHECKPOINTS, check_same, last_checkpoint, rewind
 from rlo_hf.finetuning.trainer import Report, device, trainer_of
+from rlo_hf.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def finetune(
     eval_only: bool = False,
     push: str | None = None,
     save_steps: int | None = None,
+    weights: Weights | None = None,
     say: Report = lambda line: None,
 ) -> FinetuneResult:
     """Finetune, measure perplexity before and after, write the run and the report.
@@ -87,6 +89,7 @@ def finetune(
         eval_only: Measure perplexity and stop.
         push: The hub name to push the model to; None for nowhere.
         save_steps: Updates between checkpoints; None for ten minutes and every epoch.
+        weights: A weight for each token from the batch and its row statistics; as `rlo_hf.Trainer`.
         say: Called with each line of progress that a person should read.
 
     Returns:
@@ -98,6 +101,11 @@ def finetune(
     """
     create_loss(options.loss)  # an unknown loss is said before anything is loaded
     check_adapters(options)
+    if "+kl" in options.loss and options.teacher is None and not options.lora:
+        raise RLOError(
+            f"loss {options.loss!r} needs a reference: --teacher MODEL, or --lora RANK, where the "
+            "model without its adapters is the reference"
+        )
     if save_steps is not None and save_steps < 1:
         raise ValueError(f"save_steps must be at least 1, got {save_steps}")
     first = int(os.environ.get("RANK", "0")) == 0
@@ -110,6 +118,7 @@ def finetune(
             eval_only=eval_only,
             push=push,
             save_steps=save_steps,
+            weights=weights,
             say=say,
         )
 
@@ -123,6 +132,7 @@ def _finetune(
     eval_only: bool,
     push: str | None,
     save_steps: int | None,
+    weights: Weights | None,
     say: Report,
 ) -> FinetuneResult:
     out = Path(options.out)
@@ -186,7 +196,10 @@ def _finetune(
         "eval_tokens": before.tokens,
     }
     if not eval_only:
-        trainer = trainer_of(model, rows, options, run, measure, say, save_steps)
+        teacher = None
+        if options.teacher is not None:
+            teacher = open_model(options.teacher, trust_remote_code=options.trust_remote_code)
+        trainer = trainer_of(model, rows, options, run, measure, say, save_steps, weights, teacher)
         try:
             done = trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:

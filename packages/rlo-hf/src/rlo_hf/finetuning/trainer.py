@@ -19,6 +19,7 @@ from torch import Tensor
 from rlo_hf.finetuning.options import FinetuneOptions
 from rlo_hf.finetuning.resuming import CHECKPOINTS, checkpoints_of, put_in_place
 from rlo_hf.trainer import Trainer
+from rlo_hf.weights import Weights
 
 Report = Callable[[str], object]
 
@@ -38,6 +39,8 @@ def trainer_of(
     measure: Callable[[int], PerplexityResult],
     say: Report,
     save_steps: int | None = None,
+    weights: Weights | None = None,
+    reference: Any = None,
 ) -> Trainer:
     """Return the Trainer for a model and its rows.
 
@@ -49,6 +52,8 @@ def trainer_of(
         measure: Is called with the step after every epoch but the last.
         say: Called with each line of progress that a person should read.
         save_steps: Updates between checkpoints; None for ten minutes and every epoch.
+        weights: As `rlo_hf.Trainer`.
+        reference: The teacher, or None.
 
     Raises:
         RLOError: an unknown precision, or a loss that the model cannot be trained on.
@@ -93,6 +98,8 @@ def trainer_of(
         train_dataset=rows,
         loss=options.loss,
         linear=options.linear,
+        weights=weights,
+        reference_model=reference,
         callbacks=callbacks,
     )
     # It prints its records on stdout, where a JSON document may be wanted.
