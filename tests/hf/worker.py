@@ -1,7 +1,7 @@
 """One process of two: an update and an evaluation, saved by the first. Run by test_processes.py.
 
-Modes: "ddp", "fused", "token-weights" (a column of weights), "local" (labels are averaged within each
-process), "fsdp2" and "fsdp2-logits" (by the Trainer's arguments), "accelerate" (FSDP2 by the
+Modes: "ddp", "fused", "token-weights" (a column of weights), "local" (labels are averaged within
+each process), "fsdp2" and "fsdp2-logits" (by the Trainer's arguments), "accelerate" (FSDP2 by the
 configuration of `accelerate launch`), "zero1" to "zero3", "weights" (as "ddp", with class weights).
 """
 
