@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 project = "RLO"
@@ -36,6 +38,13 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_use_rtype = False
 default_role = "code"
+
+# An example in a docstring may use the names of its module, as doctest itself lets it.
+doctest_global_setup = "\n".join(
+    f"from {module} import *"
+    for page in sorted((Path(__file__).parent / "api").glob("*.md"))
+    for module in re.findall(r"automodule:: ([\w.]+)", page.read_text())
+)
 
 
 def _leave_out_foreign(

@@ -152,7 +152,7 @@ def gated_linear_cross_entropy(
         ...     hidden, weight, torch.tensor([0, 1]), CE(), [DEFT()], reduction="mean"
         ... )
         >>> round(float(loss), 4), round(float(rows.ce[0]), 4)
-        (0.9802, 1.3863)
+        (0.9803, 1.3863)
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
