@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from rlo_core._compat import FakeTensor, assert_async, is_transformed
 
 
 class TensorError(ValueError, RuntimeError):
@@ -36,7 +37,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """
     if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(target) or isinstance(target, FakeTensor):
+    if is_transformed(target) or isinstance(target, FakeTensor):
         return
     low, high = torch.aminmax(target)
     if low >= 0 and high < classes:
@@ -57,9 +58,7 @@ def assert_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     if target.device.type != "cuda" or target.numel() == 0:
         return
     known = ((target >= 0) & (target < classes)) | (target == ignore_index)
-    torch._assert_async(
-        known.all(), f"target must be in [0, {classes}) or ignore_index {ignore_index}"
-    )
+    assert_async(known.all(), f"target must be in [0, {classes}) or ignore_index {ignore_index}")
 
 
 def check_classes(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rlo_core._arguments import check_labels
+from rlo_core._compat import forward_mode, transforms_active
 from rlo_core.links import Link
 
 NARROW = 48
@@ -48,8 +48,8 @@ def is_plain(logits: Tensor, target: Tensor) -> bool:
         and logits.numel() > 0
         and type(logits) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not transforms_active()
+        and not forward_mode()
     )
 
 

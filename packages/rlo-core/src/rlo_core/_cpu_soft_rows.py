@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from rlo_core._compat import forward_mode, transforms_active
 from rlo_core._cpu_rows import _softmax
 from rlo_core.links import GCE, Link, Rooted
 
@@ -48,8 +48,8 @@ def is_soft_row(logits: Tensor, target: Tensor) -> bool:
         and type(logits) in (Tensor, torch.nn.Parameter)
         and type(target) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not transforms_active()
+        and not forward_mode()
     )
 
 

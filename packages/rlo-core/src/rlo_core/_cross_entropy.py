@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rlo_core._compat import forward_mode_enabled
 from rlo_core.links import CE, Link
 
 
@@ -22,7 +23,7 @@ def _differentiable_again(*saved: Tensor) -> Iterator[tuple[Tensor, ...]]:
     would be a silent zero. With it on, what was saved has to give up its tangent of this level,
     which `jvp` is handed as an argument; its tangents of outer levels stay.
     """
-    with forward_ad._set_fwd_grad_enabled(True):
+    with forward_mode_enabled():
         unpack: Any = forward_ad.unpack_dual  # which has no types
         yield tuple(unpack(tensor, level=0).primal for tensor in saved)
 

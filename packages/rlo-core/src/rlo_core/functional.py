@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlo_core._arguments import check_binary, check_classes, check_reduction
+from rlo_core._compat import transforms_active
 from rlo_core._cpu_rows import is_plain, row_loss
 from rlo_core._cpu_soft_rows import bounded_root, is_soft_row, soft_row_loss
 from rlo_core._cross_entropy import CrossEntropy, HalfCrossEntropy, wide_dtype
@@ -73,7 +74,7 @@ def link_cross_entropy(
     if target.dtype == torch.uint8:
         target = target.long()
     # torch's own cannot smooth under vmap.
-    composed = label_smoothing > 0.0 and torch._C._are_functorch_transforms_active()
+    composed = label_smoothing > 0.0 and transforms_active()
     if type(link) is CE and not composed and logits.dtype not in (torch.float16, torch.bfloat16):
         return F.cross_entropy(
             logits,

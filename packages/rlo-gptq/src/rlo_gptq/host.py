@@ -8,5 +8,5 @@ HOST = Host(
     name="gptq",
     summary="quantize language models at 2 to 8 bits; evaluate, inspect, export",
     command="rlo_gptq.cli.main:main",
-    requires={"transformers": ">=5.20", "safetensors": ">=0.8"},
+    requires={"transformers": ">=5.20,<6", "safetensors": ">=0.8"},
 )

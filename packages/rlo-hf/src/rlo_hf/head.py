@@ -17,6 +17,8 @@ from rlo_core.errors import RLOError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rlo_hf._compat import has_hooks
+
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Where models keep the factor of their logits; `logits_scaling` divides in some and multiplies in
 others. Which one a model applies is measured, not looked up."""
@@ -77,7 +79,7 @@ def separate(model: nn.Module) -> Head:
     linear = getter() if getter is not None else None
     if type(linear) is not nn.Linear:
         raise HeadError(f"its output layer is {type(linear).__name__}, not a plain nn.Linear")
-    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+    if has_hooks(linear):
         raise HeadError("its output layer has hooks")
     # FSDP2 has a DTensor there; the whole weight comes back while its module's forward runs.
     if linear.weight.is_meta or type(linear.weight.data) not in (Tensor, DTensor):

@@ -8,6 +8,6 @@ HOST = Host(
     name="hf",
     summary="rooted losses in Hugging Face's Trainer and TRL, and a finetuning command",
     command="rlo_hf.cli:main",
-    requires={"transformers": ">=5.11", "accelerate": ">=1.10"},
-    optional={"peft": ">=0.18", "trl": ">=1.16", "gguf": ">=0.11"},
+    requires={"transformers": ">=5.11,<6", "accelerate": ">=1.10"},
+    optional={"peft": ">=0.18", "trl": ">=1.16,<2", "gguf": ">=0.11"},
 )

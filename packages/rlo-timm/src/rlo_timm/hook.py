@@ -16,6 +16,7 @@ import sys
 
 from rlo_core.launch import ScriptError, run_script
 
+from rlo_timm._compat import actions_of
 from rlo_timm.launcher.train_script import SLOT, transform
 
 SPEC_VARIABLE = "RLO_LOSS"
@@ -39,7 +40,7 @@ def _rerun() -> None:
     argv = sys.argv[1:]
     spec = os.environ.get(SPEC_VARIABLE)
     if spec:
-        own = any("--loss" in action.option_strings for action in main.parser._actions)
+        own = any("--loss" in action.option_strings for action in actions_of(main.parser))
         argv += ["--rlo-loss" if own else "--loss", spec]
     run_script(path, argv, transform=transform)
     raise SystemExit(0)

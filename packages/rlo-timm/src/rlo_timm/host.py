@@ -9,7 +9,7 @@ HOST = Host(
     summary="`timm train.py --loss rlo` on the unmodified script, and a built-in trainer",
     command="rlo_timm.cli:main",
     requires={
-        "timm": ">=1.0.12",
+        "timm": ">=1.0.12,<2",
         "lightning": ">=2.6",
         "torchvision": ">=0.21",
     },

@@ -7,8 +7,8 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from rlo_core._compat import FakeTensor
 from rlo_core._cross_entropy import apply_link
 from rlo_core.functional import IGNORE_INDEX, Reduction
 from rlo_core.linear.arguments import Impl, check_linear

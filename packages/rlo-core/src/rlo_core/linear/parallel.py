@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlo_core._compat import process_group
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -34,9 +36,7 @@ def ranks_of(group_name: str) -> Ranks | None:
     """Return the ranks of a process group by its name; None for the empty name."""
     if not group_name:
         return None
-    from torch.distributed import distributed_c10d
-
-    return Ranks(distributed_c10d._resolve_process_group(group_name))  # type: ignore[attr-defined, arg-type]
+    return Ranks(process_group(group_name))
 
 
 @dataclass(frozen=True)

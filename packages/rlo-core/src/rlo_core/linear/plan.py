@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlo_core._compat import is_transformed
 from rlo_core.linear.link_codes import is_built_in, slope_is_bounded
 from rlo_core.links import Link
 
@@ -153,7 +154,7 @@ def plan_of(
 
 
 def _under_transform(*tensors: Tensor) -> bool:
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    return any(is_transformed(t) for t in tensors)
 
 
 def _by_other_means(

@@ -11,11 +11,15 @@ import numpy as np
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model._base import LinearClassifierMixin, SparseCoefMixin
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 
+from rlo_core.linear_model._compat import (
+    LinearClassifierMixin,
+    SparseCoefMixin,
+    check_sample_weight,
+)
 from rlo_core.linear_model.objective import Objective
 from rlo_core.linear_model.root import Array, Form, Root
 from rlo_core.linear_model.solvers import SOLVERS, Solver, minimise
@@ -118,7 +122,7 @@ class RootedLogisticRegression(LinearClassifierMixin, SparseCoefMixin, BaseEstim
         check_classification_targets(y)
         weight: Array | None = None
         if sample_weight is not None or self.class_weight is not None:
-            weight = _check_sample_weight(
+            weight = check_sample_weight(
                 sample_weight, X, dtype=X.dtype, copy=True, ensure_non_negative=True
             )
         self.classes_, codes = np.unique(y, return_inverse=True)

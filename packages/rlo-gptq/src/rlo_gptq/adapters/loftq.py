@@ -20,6 +20,7 @@ import torch
 from rlo_core.errors import RLOError
 from torch import Tensor, nn
 
+from rlo_gptq._compat import folder_of
 from rlo_gptq.models.fold_checkpoint import fold_checkpoint
 from rlo_gptq.models.layout import split_all_experts
 from rlo_gptq.models.source import ModelSource, find_model, release
@@ -123,7 +124,7 @@ def _folded_seed(model: nn.Module) -> int | None:
     """Return the seed of the rotations folded into a model's checkpoint; None without any."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     try:
-        plan = json.loads((Path(base.config._name_or_path) / PLAN_FILE).read_text("utf-8"))
+        plan = json.loads((Path(folder_of(base.config)) / PLAN_FILE).read_text("utf-8"))
         decisions = plan["decisions"]
         return int(decisions["seed"]) if decisions.get("rotate") == "fold" else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlo_gptq._compat import writes_to
 from rlo_gptq.calibration.block_inputs import Activations, BlockCall, StopForwardError
 from rlo_gptq.calibration.hessian_sum import HessianSum
 
@@ -27,7 +28,7 @@ def input_groups(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             alive.append(x)
-            key = (x.data_ptr(), x._version, tuple(x.shape))
+            key = (x.data_ptr(), writes_to(x), tuple(x.shape))
             seen.setdefault(key, []).append(name)
 
         return hook

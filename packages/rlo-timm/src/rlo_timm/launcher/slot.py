@@ -24,6 +24,7 @@ from rlo_core.registry import (
 from rlo_core.schedules import set_progress
 from torch import nn
 
+from rlo_timm._compat import AbbreviatingParser, actions_of
 from rlo_timm.launcher.check import check_first_batch, kept
 from rlo_timm.launcher.criteria import counterpart
 from rlo_timm.launcher.schedule import is_scheduled, with_schedule
@@ -34,13 +35,13 @@ CHECK_FLAG = "--rlo-check"
 _logger = logging.getLogger("rlo_timm")
 
 
-class _Unabbreviated(argparse.ArgumentParser):
+class _Unabbreviated(AbbreviatingParser):
     """A parser for which some options have no abbreviations, so that the others keep theirs."""
 
     unabbreviated: frozenset[str] = frozenset()
 
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
-        found = super()._get_option_tuples(option_string)
+    def option_tuples(self, option_string: str) -> list[Any]:
+        found = super().option_tuples(option_string)
         return [f for f in found if not self.unabbreviated.intersection(f[0].option_strings)]
 
 
@@ -97,8 +98,8 @@ class Slot:
         checkpoints, are what they would have been.
         """
         self._register_models()
-        taken = {flag: action for action in parser._actions for flag in action.option_strings}
-        dests = {action.dest for action in parser._actions}
+        taken = {flag: action for action in actions_of(parser) for flag in action.option_strings}
+        dests = {action.dest for action in actions_of(parser)}
         self._host_loss = taken.get("--loss")
         if self._host_loss is not None or "loss" in dests:
             self._flag, self._dest = "--rlo-loss", "rlo_loss"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlo_core.errors import RunError
-from timm.models import _hub
 from torch import nn
 
+from rlo_timm._compat import save_for_hf
 from rlo_timm.trainer.loaders import Inputs
 from rlo_timm.trainer.plan import check_push
 
@@ -54,7 +54,7 @@ def save_model(
         options: The keywords that it was made with.
         classes: Their names.
     """
-    save: Any = _hub.save_for_hf
+    save = save_for_hf()
     known = inspect.signature(save).parameters
     more = {"data_config": data_config(inputs)} if "data_config" in known else {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model.") as temporary:
