@@ -72,7 +72,7 @@ def test_quantizing_again_says_that_it_is_done(made, model_folder, text_file):
 
 
 def test_another_setting_in_the_same_folder_is_one_line_and_status_1(made, model_folder, text_file):
-    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 2]
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 3]
     result = run(*arguments, "--nsamples", 4, "--seqlen", 32, "--save", made[0], code=1)
     assert result.stderr.startswith("Error: ")
     assert "was begun with other settings (layer was" in result.stderr
@@ -90,6 +90,32 @@ def test_dry_run_prints_plan_memory_and_time_and_writes_nothing(model_folder, te
     assert document["settings"]["method"] == "ldlqRG"
     assert "peak memory bytes" in run(*arguments, "--dry_run").stdout
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "incoherence", "rescale"),
+    [
+        ([], "hadamard", True),
+        (["--groupsize", 16, "--wbits", 2], "hadamard", True),
+        (["--wbits", 3], "none", False),
+        (["--incoherence", "none"], "none", False),
+        (["--incoherence", "kronecker"], "kronecker", False),
+        (["--rotate", "fold"], "none", False),
+        (["--asym"], "none", False),
+        (["--qfn", "b"], "none", False),
+        (["--compat", "quip"], "none", False),
+        (["--format", "gptq"], "none", False),
+    ],
+)
+def test_two_bits_take_what_is_recommended_and_say_so(
+    options, incoherence, rescale, model_folder, text_file, tmp_path
+):
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--save", tmp_path / "q"]
+    result = run(*arguments, *options, "--dry-run", "--json")
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["incoherence"], settings["rescale"]) == (incoherence, rescale)
+    said = "2 bits: incoherence processing is on, as recommended" in result.stderr
+    assert said == rescale
 
 
 def test_eval_prints_the_perplexity_of_both_models(made, text_file):

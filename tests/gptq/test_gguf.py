@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from rlo_gptq.models.source import find_model
+from rlo_core.errors import RLOError
+from rlo_gptq.models.source import ModelSource, find_model
 from rlo_gptq.settings import LayerSettings
 from torch import Tensor
 
@@ -84,3 +87,56 @@ def test_a_gguf_file_becomes_the_same_model_once_and_is_quantized(
         assert torch.equal(found[name], tensor), name
     layer = LayerSettings(bits=4, method="nearest")
     assert len(quantize_to(folder, text_file, tmp_path / "q", layer).records) == 14
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """Return a file with some of its bytes, most of them in the header, made others."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return data[: draw.randrange(len(data))]
+    changed = bytearray(data)
+    limit = len(data) if kind == 1 else min(len(data), 4096)
+    for _ in range(draw.choice([1, 1, 4, 32])):
+        at = draw.randrange(limit)
+        changed[at] ^= 1 << draw.randrange(8)
+    if kind == 3:  # a length or a number of an absurd size
+        at = draw.randrange(0, limit - 8)
+        changed[at : at + 8] = draw.choice([2**63, 2**40, 2**31, 0]).to_bytes(8, "little")
+    return bytes(changed)
+
+
+class TooSlowError(BaseException):
+    """The alarm rang."""
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 24), pytest.param(1000, 320, marks=pytest.mark.slow)]
+)
+def test_a_damaged_gguf_file_is_refused_in_one_line_or_read(first, count, model_folder, tmp_path):
+    file = tmp_path / "model.gguf"
+    write_gguf(model_folder("llama"), file)
+    good = file.read_bytes()
+
+    def ring(*_: object) -> None:
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    outcomes: list[str] = []
+    try:
+        for seed in range(first, first + count):
+            file.write_bytes(damaged(good, random.Random(seed)))
+            signal.alarm(30)
+            try:
+                ModelSource(find_model(str(file), cache=tmp_path / "cache")).close()
+                outcomes.append("read")
+            except RLOError as error:
+                outcomes.append(str(error))
+            finally:
+                signal.alarm(0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(outcomes) == count
+    refusals = [message for message in outcomes if message != "read"]
+    assert len(refusals) > count / 10
+    assert not [message for message in refusals if "\n" in message or len(message) > 800]
+    assert not list((tmp_path / "cache").glob(".*"))  # nothing half written

@@ -23,7 +23,7 @@ from rlo_gptq.cli.quantize_groups import (
     Size,
     Tuning,
 )
-from rlo_gptq.cli.quantize_options import chosen_options
+from rlo_gptq.cli.quantize_options import RECOMMENDED, chosen_options, recommended
 from rlo_gptq.cli.sizes import config
 from rlo_gptq.cli.tune import EndToEnd
 from rlo_gptq.cli.tune import described as tuning_described
@@ -68,6 +68,8 @@ def quantize(
     running: Running,
 ) -> None:
     """Quantize MODEL (hub name, folder, GGUF), calibrated on DATASET (wikitext2, c4, ptb, path)."""
+    plain, rotation = rotation, recommended(grid, rounding, rotation, formats)
+    said = RECOMMENDED if rotation != plain else None  # with the result: a refusal is one line
     options = chosen_options(
         model,
         dataset,
@@ -82,6 +84,7 @@ def quantize(
     )
     if dry_run:
         _print_plan(options, running.device, budget=size.budget, as_json=as_json)
+        _say(said)
         return
     check_peers(formats.peers, options.formats)
     document = run_quantization(
@@ -93,6 +96,7 @@ def quantize(
     )
     if document is None:  # not the first process
         return
+    _say(said)
     document["exports"] = [
         export_and_verify(folder, None, name, formats.peers, again=True) for name in options.formats
     ]
@@ -100,6 +104,11 @@ def quantize(
         click.echo(json.dumps(document, indent=2))
         return
     _show(document)
+
+
+def _say(line: str | None) -> None:
+    if line is not None:
+        click.echo(line, err=True)
 
 
 def _show(document: dict[str, Any]) -> None:

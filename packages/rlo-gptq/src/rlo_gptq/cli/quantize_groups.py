@@ -172,7 +172,7 @@ class Rotation:
         is_flag=True,
         default=False,
         help="Incoherence processing: rescaling, a random rotation, one symmetric grid. "
-        "Recommended.",
+        "Recommended; on at 2 bits unless another option excludes it.",
     )
     incoherence: Incoherence | None = option(
         type=click.Choice(["none", "hadamard", "kronecker"]),

@@ -90,6 +90,25 @@ def chosen_options(
     )
 
 
+RECOMMENDED = (
+    "2 bits: incoherence processing is on, as recommended (--incoherence none leaves it out, "
+    "--compat quip is the authors' plain script); --tune e2e gains more, at the cost of time"
+)
+
+
+def recommended(grid: Grid, rounding: Rounding, rotation: Rotation, formats: Formats) -> Rotation:
+    """Return the rotation that is recommended where the user chose none at 2 bits.
+
+    Without one, the outliers of a trained model leave two bits little to say. Left as it is where
+    another option excludes rotations or fixes the grid.
+    """
+    chosen = rotation != Rotation() or was_given("rotation", "incoherence")
+    fixed = rounding.compat is not None or grid.qfn is not None or not grid.sym
+    if grid.wbits != 2 or chosen or fixed or grid.integer_zero or formats.names:
+        return rotation
+    return replace(rotation, incoh_processing=True)
+
+
 def _rules(given: tuple[str, ...]) -> Rules:
     if not given:
         return ()

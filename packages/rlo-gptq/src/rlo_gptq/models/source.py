@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -130,16 +131,22 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise SourceError(f"reading {file.name!r} needs the package gguf: {error}") from error
-    except (ValueError, KeyError, OSError) as error:
-        raise SourceError(f"{str(file)!r} could not be read as GGUF: {error}") from error
+    except Exception as error:  # a damaged file raises whatever its bytes say
+        reason = " ".join(str(error).split())[:160]
+        raise SourceError(
+            f"{str(file)!r} could not be read as GGUF ({type(error).__name__}: {reason})"
+        ) from error
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are floats by now; transformers would still refuse to save what was GGUF.
         quantizer.remove_quantization_config(model)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_stored_types(partial, gguf_types(file))
-    partial.replace(folder)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_stored_types(partial, gguf_types(file))
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -169,8 +176,8 @@ class ModelSource:
         self.dtype = dtype
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a hostile config.json provokes any of them
+            reason = " ".join(str(error).split())[:160]
             raise SourceError(f"{str(folder)!r} has no readable config.json: {reason}") from error
         if getattr(self.config, "quantization_config", None) is not None:
             method = self.config.quantization_config.get("quant_method")
@@ -215,9 +222,7 @@ class ModelSource:
     def _files(self) -> tuple[list[Path], dict[str, str] | None]:
         for single, index in zip(_SINGLE, _INDEX, strict=True):
             if (self.folder / index).is_file():
-                weight_map: dict[str, str] = json.loads((self.folder / index).read_text())[
-                    "weight_map"
-                ]
+                weight_map = _weight_map(self.folder / index)
                 files = sorted({self.folder / Path(name).name for name in weight_map.values()})
                 missing = [file.name for file in files if not file.is_file()]
                 if missing:
@@ -238,11 +243,7 @@ class ModelSource:
             except Exception as error:  # safetensors has one exception type, outside any family
                 raise SourceError(f"{str(file)!r} is not a safetensors file: {error}") from error
             return
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a file from before the zip format cannot be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        for key, tensor in state.items():
+        for key, tensor in _torch_tensors(file).items():
             self._tensors[key] = tensor
             self._dtypes[key] = tensor.dtype
 
@@ -314,6 +315,50 @@ class ModelSource:
         module = self.model.get_submodule(name)
         require_filled(module, f"{name}.")
         return module
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the files of the tensors that an index names.
+
+    Raises:
+        SourceError: it is not such an index.
+    """
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise SourceError(f"{str(index)!r} is not an index of weight files: {error}") from error
+    named = isinstance(weight_map, dict) and all(
+        isinstance(name, str) and name for name in weight_map.values()
+    )
+    if not named or not weight_map:
+        raise SourceError(f"{str(index)!r} is not an index of weight files: it names none")
+    return dict(weight_map)
+
+
+def _torch_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of an old torch file; no code of it is run.
+
+    Raises:
+        SourceError: it is no such file, holds other things than tensors, or is damaged.
+    """
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file from before the zip format cannot be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its bytes say
+        reason = " ".join(str(error).split())[:160]
+        raise SourceError(
+            f"{str(file)!r} is not a file of tensors ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(state, dict):
+        raise SourceError(f"{str(file)!r} must hold tensors by name, got {type(state).__name__}")
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise SourceError(
+                f"{str(file)!r} must hold tensors by name, got {type(tensor).__name__} at {key!r}"
+            )
+    return state
 
 
 def require_filled(
