@@ -9,6 +9,7 @@ calibrated nor trained on. A cell is a combination of the values that are varied
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import tempfile
@@ -68,10 +69,11 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
         scratch = args.scratch or Path(temporary)
-        text = Path(temporary) / "text"
-        text.mkdir()
+        text = scratch / "text"  # its name is among what a packed model remembers
+        text.mkdir(exist_ok=True)
         split_stories(args.data, text)
 
+        @functools.cache
         def perplexity(folder: Path) -> float:
             measured = evaluate_perplexity(
                 str(folder), str(text), context=SEQLEN, max_tokens=EVAL_TOKENS

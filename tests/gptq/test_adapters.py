@@ -16,7 +16,8 @@ from rlo_gptq.adapters.merge import packed_base, quantize_options, write_merged
 from rlo_gptq.cli.main import main
 from rlo_gptq.cli.merge import merge_adapter
 from rlo_gptq.packed.quant_linear import QuantLinear
-from rlo_gptq.settings import LayerSettings, TuneSettings
+from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
+from rlo_gptq.tuning.run import Tuning, run_tuning
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -163,6 +164,40 @@ def test_merging_an_untrained_adapter_keeps_the_codes(quantized, text_file, tmp_
     errors = [float((a - b).square().sum() / a.square().sum()) for a, b in weights]
     # Rounding at 3 bits costs about 0.04 of a weight's energy; what is on a grid finds it again.
     assert max(errors) < 1e-2
+
+
+def test_a_model_tuned_end_to_end_is_tuned_so_again_when_an_adapter_is_merged(
+    quantized, model_folder, text_file, tmp_path
+):
+    """Towards the sum of the packed model and the adapter, which no checkpoint of ours holds."""
+    settings = EndToEndSettings(
+        steps=4, learning_rate=0.001, batch=2, nsamples=9, seqlen=32, top_k=16, evaluations=2
+    )
+    tuning = Tuning(quantized, str(text_file), settings, original=str(model_folder(FAMILY)))
+    run_tuning(tuning, tmp_path / "tuned", progress=False)
+    torch.manual_seed(0)
+    model = adapted(tmp_path / "tuned")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(4):  # LoRA on a tuned model
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    kept = quantize_options(tmp_path / "tuned", "data", changes={}, tune=None)
+    assert (kept.tune, kept.end_to_end) == (None, settings)
+    assert quantize_options(tmp_path / "tuned", "data", changes={}, tune=False).end_to_end is None
+    out = tmp_path / "m"
+    document = merge_adapter(
+        tmp_path / "adapter", str(text_file), out, changes={"nsamples": 9, "seqlen": 32}
+    )
+    tuned = document["end_to_end"]
+    assert tuned["held_out_kl_after"] < tuned["held_out_kl_before"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "m", "tuned"]
+    rlo_gptq.load(out)
 
 
 def test_a_merge_keeps_the_options_of_the_quantization(

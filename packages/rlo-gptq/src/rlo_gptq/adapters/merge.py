@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rlo_gptq.options import Options
 from rlo_gptq.packed.packed_weight import PackedWeight
 from rlo_gptq.packed.tied_head import TiedHead
 from rlo_gptq.pipeline.work_folder import PLAN_FILE
-from rlo_gptq.settings import LayerSettings, TuneSettings
+from rlo_gptq.settings import EndToEndSettings, LayerSettings, TuneSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTE = "merged.json"
@@ -66,7 +67,8 @@ def quantize_options(
         base: The packed model's folder.
         dataset: For calibration.
         changes: What is to be otherwise; None keeps what was.
-        tune: Finetune blocks; None does as was done.
+        tune: Finetune blocks, and the whole model if that was done; False does neither, None as was
+            done.
     """
     try:
         made: dict[str, Any] = json.loads((base / PLAN_FILE).read_text("utf-8"))["decisions"]
@@ -76,6 +78,9 @@ def quantize_options(
     tuned = made.get("tune")
     if tune is not None:
         tuned = (tuned or {}) if tune else None
+    whole = made.get("end_to_end") if tune is not False else None
+    if whole is not None:  # what was trained on is beside the settings
+        whole = {field.name: whole[field.name] for field in fields(EndToEndSettings)}
     quantization = read_quantization(base)
     of_layers: dict[str, int] = quantization.get("bits") or {}
     return Options(
@@ -88,6 +93,7 @@ def quantize_options(
             **{name: value for name, value in changes.items() if value is not None},
             "skip": tuple(made.get("skip", ())),
             "tune": None if tuned is None else TuneSettings(**tuned),
+            "end_to_end": None if whole is None else EndToEndSettings(**whole),
         },
     )
 

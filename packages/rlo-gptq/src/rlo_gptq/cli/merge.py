@@ -11,6 +11,7 @@ import click
 from rlo_gptq.cli import options as shared
 from rlo_gptq.cli.options import MB
 from rlo_gptq.pipeline.run import run_quantization
+from rlo_gptq.tuning.after_rounding import quantize_and_tune
 
 
 @click.command("merge")
@@ -24,7 +25,8 @@ from rlo_gptq.pipeline.run import run_quantization
     "--tune/--no-tune",
     default=True,
     show_default=True,
-    help="As in quantize; without it most of what was learnt is rounded away at 2 bits.",
+    help="As in quantize, end to end if the model was tuned so; without it most of what was learnt "
+    "is rounded away at 2 bits.",
 )
 @shared.offload
 @shared.device
@@ -83,7 +85,7 @@ def merge_adapter(
         dataset: For calibration.
         folder: Of the new checkpoint.
         changes: Calibration options other than those the model was quantized with; None keeps one.
-        tune: Finetune blocks; None does as was done.
+        tune: Finetune blocks, and end to end a model that was tuned so; None does as was done.
         offload: Keep activations in a file.
         device: "auto", "cpu", "cuda", ...
 
@@ -108,7 +110,8 @@ def merge_adapter(
         processes.wait()
         options = replace(options, model=str(dense), offload=offload)
         try:
-            document = run_quantization(options, folder, device=device, base=str(adapter))
+            run = run_quantization if options.end_to_end is None else quantize_and_tune
+            document = run(options, folder, device=device, base=str(adapter))
             processes.wait()
         finally:
             if processes.first:
