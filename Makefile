@@ -10,7 +10,7 @@ PYPROJECTS := pyproject.toml $(PACKAGES:%=packages/%/pyproject.toml)
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("dev.txt" if sys.version_info >= (3, 11) else "dev-py310.txt")')
 EDITABLE := -e packages/rlo-core[all] -e packages/rlo-timm[all] -e packages/rlo-hf[all] -e packages/rlo-gptq[all] -e packages/rlo-stylegan
 
-.PHONY: help install demo test test-all quick lint format types pytest docs dist public-api lock clean
+.PHONY: help install install-hashed audit demo test test-all quick lint format types pytest docs dist public-api lock clean
 .PHONY: test-core test-timm test-hf test-gptq test-stylegan
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make test-core, test-timm, test-hf, test-gptq, test-stylegan: one package's fast tests"
 	@echo "make docs      the documentation, into build/docs; warnings are errors"
-	@echo "make dist      the five wheels in dist/, installed by name in an environment of their own"
+	@echo "make dist      the five wheels and their bills of materials in dist/, installed by name and tried"
+	@echo "make audit     known vulnerabilities and licences of what is locked"
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,15 @@ $(VENV)/.installed: $(PYPROJECTS) $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --group dev $(EDITABLE)
 	@touch $@
+
+# The same, but no file that is not in the lock: what CI runs on the two Pythons that are locked.
+# pip brings its own certificate of every file, and uv is a file of the lock too.
+HASHES := $(CONSTRAINTS:.txt=.hashes.txt)
+install-hashed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(HASHES)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(EDITABLE)
+	@touch $(VENV)/.installed $(VENV)/.audit
 
 demo: install
 	$(BIN)/rlo demo
@@ -70,14 +80,22 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --group docs
 	@touch $@
 
-dist: install
+dist: $(VENV)/.audit
 	$(BIN)/python scripts/dist.py
+
+# Known vulnerabilities of the locked versions, and the licences of what is installed.
+audit: $(VENV)/.audit
+	$(BIN)/python scripts/audit.py
+
+$(VENV)/.audit: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --group audit
+	@touch $@
 
 # The promised names of each package, as they are now; say what goes in the CHANGELOG.
 public-api: install
 	$(BIN)/python scripts/public_api.py --write
 
-# Re-resolve the locked versions for both supported resolutions (plain name==version lines, no addresses).
+# Re-resolve the locked versions for both supported resolutions, and their hashes (no addresses).
 lock: install
 	$(BIN)/python scripts/lock.py
 

@@ -17,6 +17,8 @@ import tempfile
 import venv
 from pathlib import Path
 
+from sbom import write_bill
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rlo-core", "rlo-timm", "rlo-hf", "rlo-gptq", "rlo-stylegan")
 # What an editable install of ours leaves among the dependencies, and pip itself.
@@ -40,7 +42,7 @@ for name in sys.argv[1:]:
 def build(folder: Path) -> list[Path]:
     """Build the wheels into `folder`, which loses the wheels that it had; return them."""
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("rlo_*.whl"):
+    for old in [*folder.glob("rlo_*.whl"), *folder.glob("rlo_*.cdx.json")]:
         old.unlink()
     for package in PACKAGES:
         subprocess.run(
@@ -99,6 +101,7 @@ def main() -> None:
             )
     for wheel in wheels:
         print(f"dist/{wheel.name}")
+        print(f"dist/{write_bill(wheel).name}")
 
 
 if __name__ == "__main__":
