@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from functools import partial
 from typing import Any
 
@@ -35,17 +36,26 @@ def random_layer(size: int, settings: LayerSettings) -> QuantLinear:
     return layer
 
 
+def timing(device: str) -> dict[str, Any]:
+    """The process's own time on a CPU, else the time until the device is done."""
+    if device == "cpu":
+        return {}
+    return {"clock": time.perf_counter, "synchronize": torch.cuda.synchronize}
+
+
 @torch.no_grad()
-def measure(size: int, rows: int, rounds: int) -> list[dict[str, Any]]:
-    dense = torch.randn(size, size)
-    x = torch.randn(rows, size)
+def measure(size: int, rows: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    dense = torch.randn(size, size, device=device, dtype=dtype)
+    x = torch.randn(rows, size, device=device, dtype=dtype)
     layers = {
-        name: random_layer(size, LayerSettings(method="nearest", **kind))
+        name: random_layer(size, LayerSettings(method="nearest", **kind)).to(device)
         for name, kind in KINDS.items()
     }
-    candidates: dict[str, Any] = {"dense float32": partial(torch.nn.functional.linear, x, dense)}
+    baseline = f"dense {str(dtype).removeprefix('torch.')}"
+    candidates: dict[str, Any] = {baseline: partial(torch.nn.functional.linear, x, dense)}
     candidates |= {name: partial(layer, x) for name, layer in layers.items()}
-    times = compare(candidates, rounds=rounds, warmup=1)
+    times = compare(candidates, rounds=rounds, warmup=1, **timing(device))
     records = []
     for name, taken in times.items():
         tensors: list[Tensor] = [dense]
@@ -54,10 +64,12 @@ def measure(size: int, rows: int, rounds: int) -> list[dict[str, Any]]:
         records.append(
             {
                 "size": size,
+                "device": torch.cuda.get_device_name(x.device) if x.is_cuda else "cpu",
+                "dtype": str(dtype),
                 "rows": rows,
                 "what": name,
                 "seconds": taken["median"],
-                "times_dense": taken["median"] / times["dense float32"]["median"],
+                "times_dense": taken["median"] / times[baseline]["median"],
                 "weight_bytes": sum(t.numel() * t.element_size() for t in tensors),
             }
         )
@@ -68,14 +80,17 @@ def measure(size: int, rows: int, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for float16 on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     records = []
     for size in (2048, 4096):
         for rows in (512, 1):
-            records += measure(size, rows, options.rounds if rows > 1 else 3 * options.rounds)
-    print(write_results("matmul", records))
+            records += measure(
+                size, rows, options.rounds if rows > 1 else 3 * options.rounds, options.device
+            )
+    print(write_results("matmul" if options.device == "cpu" else "matmul_cuda", records))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def test_a_layer_takes_few_launches_and_waits_rarely(settings):
     assert trace.launched["_greedy_kernel"] == passes * 4096 // 128
 
 
+@pytest.mark.parametrize("settings", [GPTQ, LDLQ_RG], ids=["gptq", "ldlqRG"])
+def test_a_plan_counts_what_a_layer_takes(settings):
+    from rlo_gptq.pipeline.capacity import rounding_cost
+
+    trace, cost = traced(4096, 4096, settings), rounding_cost(4096, 4096, settings)
+    assert cost.flops == pytest.approx(trace.flops, rel=0.25)
+    assert cost.bytes == pytest.approx(trace.bytes, rel=0.25)
+
+
 def test_float64_is_left_to_what_is_summed():
     """Matrices of the rotation are made in float64 on the CPU; nothing else is."""
     lines = [line for _, line in traced(4096, 4096, LDLQ_RG).double]

@@ -13,6 +13,7 @@ from rlo_gptq.cli.evaluate import compare, evaluate, inspect
 from rlo_gptq.cli.formats import export, import_
 from rlo_gptq.cli.merge import merge
 from rlo_gptq.cli.pareto import pareto
+from rlo_gptq.cli.plan import plan
 from rlo_gptq.cli.quantize import quantize
 from rlo_gptq.cli.tune import tune
 
@@ -28,5 +29,5 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-for command in (quantize, pareto, tune, evaluate, inspect, compare, export, import_, merge):
+for command in (quantize, plan, pareto, tune, evaluate, inspect, compare, export, import_, merge):
     main.add_command(command)
