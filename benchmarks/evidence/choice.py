@@ -119,7 +119,7 @@ RUNS: dict[str, Run] = {"heads": head, "news": linear, "tables": linear, "boosti
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "choice.jsonl")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "evidence_choice.jsonl")
 @click.option("--group", multiple=True, help="Only these groups.")
 @click.option("--cell", "only", multiple=True, help="Only these cells.")
 @click.option("--tuned", is_flag=True, help="Later seeds at each loss's best rate only, by `miss`.")

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import choice_tables
 import click
 from rlo_core.files import write_text
 from runner import RESULTS, ROOT, load_results
@@ -299,6 +300,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-smollm2": language_smollm2,
     "quantization-summary": quantization_summary,
     "quantization": quantization,
+    "choice-regret": lambda: markdown(choice_tables.regret()),
+    "choice-noise": lambda: markdown(choice_tables.noise()),
+    "choice-heads": lambda: markdown(choice_tables.losses("heads")),
+    "choice-news": lambda: markdown(choice_tables.losses("news")),
+    "choice-tables": lambda: markdown(choice_tables.losses("tables")),
+    "choice-replay": lambda: markdown(choice_tables.replay()),
 }
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import sklearn
 from rlo_core.linear_model import RootedLogisticRegression
+from rlo_core.linear_model.objective import Objective
+from rlo_core.linear_model.root import Root
 from rlo_core.linear_model.solvers import pairs_kept
 from scipy.sparse import csr_array
 from sklearn.datasets import load_breast_cancer, load_iris, make_classification
@@ -247,3 +249,24 @@ def test_a_warm_start_from_another_shape_is_refused():
     model = RootedLogisticRegression(warm_start=True, max_iter=500).fit(X, y)
     with pytest.raises(ValueError, match=r"coef_ must have shape \(1, 4\) for a warm start, got"):
         model.fit(X, y == 0)
+
+
+@pytest.mark.parametrize("k", [np.inf, 3.0])
+@pytest.mark.parametrize("form", ["convex", "bounded"])
+def test_newton_cg_reaches_a_tolerance_below_the_digits_of_the_value(k, form):
+    X, y = load_breast_cancer(return_X_y=True)
+    X = StandardScaler().fit_transform(X)
+    model = RootedLogisticRegression(k=k, form=form, solver="newton-cg", tol=1e-10).fit(X, y)
+    objective = Objective(
+        X, y, classes=2, weight=None, root=Root(k, None, form), l2=1 / len(y), fit_intercept=True
+    )
+    w = np.append(model.coef_[0], model.intercept_)
+    assert np.abs(objective.at(w).gradient).max() <= 1e-10
+    assert model.n_iter_[0] < 40
+
+
+def test_newton_cg_says_where_the_digits_end():
+    X, y = load_breast_cancer(return_X_y=True)
+    X = StandardScaler().fit_transform(X).astype(np.float32)
+    with pytest.warns(ConvergenceWarning, match=r"the gradient falls no further than .* of X"):
+        RootedLogisticRegression(solver="newton-cg", tol=1e-14).fit(X, y)

@@ -13,6 +13,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
     [
         RootedLogisticRegression(),
         RootedLogisticRegression(form="bounded"),
+        RootedLogisticRegression(k=1.0, form="bounded"),
         RootedLogisticRegression(k=np.inf, solver="newton-cg"),
         RootedLogisticRegression(solver="gd"),
         RootedLogisticRegression(form="bounded", solver="agd"),

@@ -103,7 +103,12 @@ def split_loss(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
 @main.command()
 @click.argument("model")
 @click.argument("dataset")
-@_option("--loss", default="rlo", show_default="rlo:k=5,m=5", help="The loss spec.")
+@_option(
+    "--loss",
+    default="rlo",
+    show_default="rlo:k=5,m=5",
+    help="The loss spec; auto compares some first, in at most 14 trainings.",
+)
 @_option("--k", type=float, help="The option k of the spec.")
 @_option("--m", type=float, help="The option m of the spec.")
 @_option("--out", help="The run folder.  [default: runs/finetune-MODEL-LOSS]")
@@ -218,6 +223,8 @@ def finetune(
     from rlo_hf.finetuning.options import FinetuneOptions
 
     options = FinetuneOptions(loss=spec, out=folder, **settings)
+    if parsed.name == "auto" and not dry_run:
+        options = _chosen(options, folder)
     target = None if no_save else save or Path(folder) / "model"
     if dry_run:
         plan = {"save": target, "merge": merge, "resume": resume, "save_steps": save_steps,
@@ -247,6 +254,24 @@ def finetune(
     if "perplexity_after" in summary:
         click.echo(f" -> {summary['perplexity_after']:.3f}", nl=False)
     click.echo(f" ({summary['eval_tokens']} tokens); run and report in {folder}")
+
+
+def _chosen(options: Any, folder: str) -> Any:
+    """Compare losses on the same text first, and return the options with the one chosen."""
+    from dataclasses import replace
+
+    from rlo_core.compare.run import choose
+
+    _quiet_unless_terminal()
+    from rlo_hf.compare import HFTask
+
+    rates = tuple(options.learning_rate * factor for factor in (0.3, 1.0, 3.0))
+    where = Path(f"{folder}-compare")
+    verdict = choose(
+        HFTask(options, rates=rates), out=where, say=lambda line: click.echo(line, err=True)
+    )
+    click.echo(f"{verdict['summary']} ({where})", err=True)
+    return replace(options, loss=verdict["choice"], learning_rate=verdict["rate"])
 
 
 def _quiet_unless_terminal() -> None:

@@ -11,3 +11,9 @@ HOST = Host(
     requires={"transformers": ">=5.11,<6", "accelerate": ">=1.10"},
     optional={"peft": ">=0.18", "trl": ">=1.16,<2", "gguf": ">=0.11"},
 )
+
+COMPARER = Host(
+    name="hf",
+    summary="a causal language model finetuned on text, as by `rlo-hf finetune`",
+    command="rlo_hf.compare_command:command",
+)

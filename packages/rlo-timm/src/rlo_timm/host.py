@@ -14,3 +14,9 @@ HOST = Host(
         "torchvision": ">=0.21",
     },
 )
+
+COMPARER = Host(
+    name="timm",
+    summary="images, by the trainer of `rlo-timm train`",
+    command="rlo_timm.compare_command:command",
+)

@@ -116,6 +116,8 @@ def train(
     from rlo_timm.trainer.fit import train as run
 
     _show_notes()
+    if settings.loss == "auto":
+        settings = _chosen(settings, out)
     result = run(
         settings,
         out=out,
@@ -130,6 +132,24 @@ def train(
     _print_table(f"{settings.net} on {settings.dataset}, {result.loss}", dataclasses.asdict(result))
     if result.run is not None:
         click.echo(f"report: {result.run / 'report.html'}")
+
+
+def _chosen(settings: TrainSettings, out: Path | None) -> TrainSettings:
+    """Compare losses on the same data first, and return the settings with the one chosen."""
+    from rlo_core.compare.run import choose
+
+    from rlo_timm.compare import TimmTask
+
+    folder = Path("runs") if out is None else out.parent
+    stem = out.name if out is not None else f"{settings.net}-{settings.dataset}".replace("/", "-")
+    rates = None if settings.lr is None else tuple(settings.lr * f for f in (0.3, 1.0, 3.0))
+    verdict = choose(
+        TimmTask(settings, rates=rates),
+        out=folder / f"{stem}-compare",
+        say=lambda line: click.echo(line, err=True),
+    )
+    click.echo(f"{verdict['summary']} ({folder / f'{stem}-compare'})", err=True)
+    return dataclasses.replace(settings, loss=verdict["choice"], lr=verdict["rate"])
 
 
 def _show_notes() -> None:

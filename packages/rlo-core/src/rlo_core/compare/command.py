@@ -32,7 +32,7 @@ class CompareOptions:
     seeds: int = 5
     trials: int | None = None
     minutes: float | None = None
-    criterion: str = "symmetric"
+    criterion: str | None = None
     storage: str | None = None
     study: str | None = None
     out: Path | None = None
@@ -81,8 +81,9 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="The most runs, all workers together.  [default: 1/4 of the full grid]"),
         click.option("--minutes", type=click.FloatRange(min=0, min_open=True),
                      help="The most minutes of training, all workers together."),
-        click.option("--criterion", type=click.Choice(CRITERIA), default="symmetric",
-                     show_default=True, help="What held-out samples judge a loss by."),
+        click.option("--criterion", type=click.Choice(CRITERIA),
+                     help="What held-out samples judge a loss by.  [default: symmetric; for "
+                     "language models likelihood]"),
         click.option("--storage", metavar="URL",
                      help="A database for the study; any number of workers on any machines may "
                      "join it.  [default: study.db in --out]"),
@@ -103,6 +104,24 @@ def compare_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         wrapped = option(wrapped)
     return wrapped
+
+
+AUTO = {"losses": ("ce", "rlo"), "k": (1.0, 2.0, 3.0, 8.0), "seeds": 2, "trials": 14}
+"""What `--loss auto` compares, in at most this many trainings."""
+
+
+def borrow_options(
+    command: click.Command, *, without: tuple[str, ...]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a comparison the arguments and options of a host's training command, but for some."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        kept = [parameter for parameter in command.params if parameter.name not in without]
+        own = list(getattr(function, "__click_params__", []))
+        function.__click_params__ = own + kept[::-1]  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def run_command(task: Task, options: CompareOptions, *, name: str) -> None:

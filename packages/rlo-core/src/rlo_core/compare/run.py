@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlo_core.compare.command import CompareOptions
+from rlo_core.compare.command import AUTO, CompareOptions
 from rlo_core.compare.report import write_comparison
 from rlo_core.compare.search import Search, SearchOptions
 from rlo_core.compare.study import open_study
@@ -37,12 +37,13 @@ def compare(
             was begun otherwise, a database that fails. What was measured is kept.
     """
     losses = options.candidates()
+    criterion = options.criterion or task.criterion
     for loss in losses:
         task.check(loss)
     search = SearchOptions(
         losses=losses,
         seeds=options.seeds,
-        criterion=options.criterion,
+        criterion=criterion,
         trials=options.trials,
         minutes=options.minutes,
     )
@@ -51,7 +52,7 @@ def compare(
         "task": task.describe(),
         "losses": list(losses),
         task.rate_name: list(task.rates),
-        "criterion": options.criterion,
+        "criterion": criterion,
     }
     where = options.storage or str(out)
     study = open_study(out, storage=options.storage, name=options.study or out.name, setup=setup)
@@ -61,3 +62,10 @@ def compare(
     write_json(out / VERDICT, verdict)
     write_comparison(runs, verdict, task, out / REPORT)
     return verdict
+
+
+def choose(
+    task: Task, *, out: Path, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Return the verdict of a small comparison: what `--loss auto` of a trainer does."""
+    return compare(task, CompareOptions(**AUTO), out=out, say=say)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class Task(ABC):
         overlap: Held-out samples over training samples where each seed draws another split, 0 where
             all seeds have the same held-out samples. Overlapping splits widen the intervals.
         metrics: The figures that a verdict is given on.
+        criterion: What held-out samples judge a loss by, unless the user says otherwise.
     """
 
     host: ClassVar[str]
@@ -39,6 +40,7 @@ class Task(ABC):
     default: int
     overlap: float = 0.0
     metrics: tuple[str, ...] = ("accuracy", "ce", "ece", "ece_scaled")
+    criterion: str = "symmetric"
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 try:
+    from rlo_core.linear_model.cross_validation import RootedLogisticRegressionCV
     from rlo_core.linear_model.estimator import RootedLogisticRegression
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] not in ("sklearn", "scipy"):
@@ -13,4 +14,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["RootedLogisticRegression"]
+__all__ = ["RootedLogisticRegression", "RootedLogisticRegressionCV"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def finetune(
     push: str | None = None,
     save_steps: int | None = None,
     weights: Weights | None = None,
+    inspect: Callable[[Any, Tensor], None] | None = None,
     say: Report = lambda line: None,
 ) -> FinetuneResult:
     """Finetune, measure perplexity before and after, write the run and the report.
@@ -90,6 +92,7 @@ def finetune(
         push: The hub name to push the model to; None for nowhere.
         save_steps: Updates between checkpoints; None for ten minutes and every epoch.
         weights: A weight for each token from the batch and its row statistics; as `rlo_hf.Trainer`.
+        inspect: Is called with the trained model and the held-out token ids, (N).
         say: Called with each line of progress that a person should read.
 
     Returns:
@@ -119,6 +122,7 @@ def finetune(
             push=push,
             save_steps=save_steps,
             weights=weights,
+            inspect=inspect,
             say=say,
         )
 
@@ -133,6 +137,7 @@ def _finetune(
     push: str | None,
     save_steps: int | None,
     weights: Weights | None,
+    inspect: Callable[[Any, Tensor], None] | None,
     say: Report,
 ) -> FinetuneResult:
     out = Path(options.out)
@@ -206,6 +211,8 @@ def _finetune(
             run.finish(status="interrupted", **summary)
             raise
         after = measure(trainer.state.global_step)
+        if inspect is not None:
+            inspect(model, eval_ids[: options.eval_tokens])
         summary |= {
             "perplexity_after": after.perplexity,
             "ce_after": after.ce,

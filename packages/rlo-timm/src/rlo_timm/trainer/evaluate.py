@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from rlo_core.errors import DataError, RunError
 from rlo_core.registry import create_loss, parse_spec
 from timm.data.config import resolve_data_config
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from rlo_timm.trainer.data import load_data
 from rlo_timm.trainer.loaders import Inputs, val_loader
 from rlo_timm.trainer.measures import Measures
 from rlo_timm.trainer.names import HUB_PREFIXES
 from rlo_timm.trainer.nets import NetError, check_net
+from rlo_timm.trainer.pictures import Pictures
 from rlo_timm.trainer.publish import MODEL_CONFIG, WEIGHTS
 from rlo_timm.trainer.settings import TrainSettings
 
@@ -79,14 +82,6 @@ def evaluate(
         dataset=data, data_dir=data_dir, val_split=split, val_limit=limit, download=download
     )
     net = open_model(str(model))
-    config = resolve_data_config({}, model=net)  # type: ignore[no-untyped-call]
-    inputs = Inputs(
-        int(config["input_size"][-1]),
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        str(config["interpolation"]),
-        float(config["crop_pct"]),
-    )
     opened = load_data(settings)
     classes = int(net.num_classes)  # type: ignore[arg-type]
     if classes != len(opened.classes):
@@ -99,12 +94,35 @@ def evaluate(
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"device {device!r}: {str(error).splitlines()[0]}") from error
     measures = Measures(where)
-    loader = val_loader(opened.val, inputs, batch_size=batch_size, workers=workers, device=where)
+    for logits, labels in predictions(
+        net, opened.val, batch_size=batch_size, workers=workers, device=where
+    ):
+        measures.update(logits, labels, criterion(logits, labels))
+    return EvalResult(images=int(measures.sums[0]), **measures.result())
+
+
+def predictions(
+    net: nn.Module,
+    pictures: Pictures | IterableDataset[Any],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits, float32, and labels of pictures under the network's own transform."""
+    config = resolve_data_config({}, model=net)  # type: ignore[no-untyped-call]
+    inputs = Inputs(
+        int(config["input_size"][-1]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        str(config["interpolation"]),
+        float(config["crop_pct"]),
+    )
+    net = net.to(device).eval()
+    loader = val_loader(pictures, inputs, batch_size=batch_size, workers=workers, device=device)
     with torch.inference_mode():
         for images, labels in loader:
-            logits = net(images).float()
-            measures.update(logits, labels, criterion(logits, labels))
-    return EvalResult(images=int(measures.sums[0]), **measures.result())
+            yield net(images).float(), labels
 
 
 def open_model(model: str) -> nn.Module:

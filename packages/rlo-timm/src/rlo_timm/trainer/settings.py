@@ -66,7 +66,9 @@ class TrainSettings:
         "auto", "First layers of a ResNet or VGG: imagenet, cifar, or auto (cifar below 128 px)."
     )
     loss: str = _option(
-        "rlo", "Training loss, NAME or NAME:option=value,...; `rlo losses` lists them."
+        "rlo",
+        "Training loss, NAME or NAME:option=value,... (`rlo losses` lists them); auto compares "
+        "some first, in at most 14 trainings, and takes the best.",
     )
     k: float | None = _option(None, "Root of a rooted loss (3 with the default loss).")
     m: float | None = _option(None, "Multiplier of a rooted loss (3 with the default loss).")
