@@ -13,6 +13,7 @@ KS, CS = (1.43, 3.0, np.inf), (0.1, 10.0)
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore:Estimator .* was fitted with feature names:UserWarning")
+@pytest.mark.filterwarnings("ignore:The least populated class in y has only:UserWarning")
 @parametrize_with_checks([RootedLogisticRegressionCV(ks=(3.0,), Cs=(1.0, 10.0), cv=2)])
 def test_the_estimator_passes_scikit_learns_checks(estimator, check):
     check(estimator)

@@ -85,8 +85,8 @@ class RootedLogisticRegressionCV(RootedLogisticRegression):
         """Choose k and C, and fit; arguments as `RootedLogisticRegression.fit`.
 
         Raises:
-            ValueError: an option out of its range, fewer than two classes, or a class with fewer
-                samples than folds.
+            ValueError: an option out of its range, fewer than two classes, or no class with as many
+                samples as there are folds.
         """
         if self.criterion not in CRITERIA:
             raise ValueError(
@@ -106,7 +106,8 @@ class RootedLogisticRegressionCV(RootedLogisticRegression):
         if len(classes) < 2:
             raise ValueError(f"y must have at least two classes, got one class: {classes[0]}")
         folds = self.cv
-        if isinstance(folds, (int, np.integer)) and counts.min() < folds:
+        # A single small class costs a warning of scikit-learn's, as everywhere there.
+        if isinstance(folds, (int, np.integer)) and counts.max() < folds:
             raise ValueError(
                 f"cv={folds} needs {folds} samples of each class, got {counts.min()} of "
                 f"{classes[counts.argmin()]}"
