@@ -71,9 +71,10 @@ def main() -> None:
             arguments += ["--nsamples", "1", "--seqlen", "64", "--split", args.split]
             arguments += ["--save", str(folder)]
             cpu = time.process_time()
-            planned = run([*arguments, "--dry-run"])["checkpoint_bytes"]
-            run(arguments)
             gguf = "gguf" in chosen
+            plan = run([*arguments, "--dry-run"])
+            planned = plan["gguf_bytes" if gguf else "checkpoint_bytes"]
+            run(arguments)
             files = sorted(folder.glob("*.gguf" if gguf else "*.safetensors"))
             size = sum(file.stat().st_size for file in files)
             inspected = None if gguf else run(["inspect", str(folder)])["file_bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from rlo_core.errors import RLOError
+from rlo_gptq.models import source as source_module
 from rlo_gptq.models.source import ModelSource, find_model
 from rlo_gptq.settings import LayerSettings
 from torch import Tensor
@@ -140,3 +142,18 @@ def test_a_damaged_gguf_file_is_refused_in_one_line_or_read(first, count, model_
     assert len(refusals) > count / 10
     assert not [message for message in refusals if "\n" in message or len(message) > 800]
     assert not list((tmp_path / "cache").glob(".*"))  # nothing half written
+
+
+def test_two_processes_that_convert_one_file_get_one_folder(model_folder, tmp_path, monkeypatch):
+    write_gguf(model_folder("llama"), tmp_path / "tiny.gguf")
+    first = find_model(str(tmp_path / "tiny.gguf"), cache=tmp_path / "other")
+    write = source_module.write_stored_types
+
+    def meanwhile(folder, types):  # the other process is done first
+        write(folder, types)
+        shutil.copytree(first, folder.with_name(first.name))
+
+    monkeypatch.setattr(source_module, "write_stored_types", meanwhile)
+    folder = find_model(str(tmp_path / "tiny.gguf"), cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert (folder / "model.safetensors").is_file()

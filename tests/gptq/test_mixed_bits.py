@@ -83,9 +83,10 @@ def test_of_two_rules_the_later_wins_and_a_rule_for_nothing_is_refused():
     )
 
 
-def test_a_trellis_has_two_bits_and_other_layers_a_scalar_grid():
+def test_layers_of_more_bits_than_a_trellis_has_get_a_scalar_grid():
     trellis = LayerSettings(bits=2, grid="trellis", incoherence="hadamard")
-    assert trellis.with_bits(4).grid == "scalar"
+    assert trellis.with_bits(6).grid == "scalar"
+    assert trellis.with_bits(4).grid == "trellis"
     assert trellis.with_bits(2) == trellis
     assert described([2, 4, 4, 4]) == "3.5 (mixed: 2, 4)"
 

@@ -351,3 +351,32 @@ def test_an_export_that_would_have_to_round_again_is_refused(
     result = run("export", str(out), "--format", "gguf", "--out", str(folder), ok=False)
     assert message in result.output
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("rotate", [(), ("--rotate", "fold")])
+@pytest.mark.parametrize(("kind", "tied"), [("Q4_0", True), ("Q4_K_M", False)])
+def test_a_dry_run_names_the_size_of_the_gguf_file_to_the_byte(tmp_path, text, kind, tied, rotate):
+    model = made("LlamaConfig", tmp_path / "some-llama", tie_word_embeddings=tied)
+    out = tmp_path / "out"
+    words = ("--type", kind, "--quant", "nearest", "--skip", "*.0.mlp.up_proj", *rotate)
+    planned = quantize(model, text, out, *words, "--dry-run")
+    assert not out.exists()
+    quantize(model, text, out, *words)
+    assert planned["gguf_bytes"] == (out / f"some-llama-{kind}.gguf").stat().st_size
+    assert "checkpoint_bytes" not in planned
+    reader = gguf.GGUFReader(out / f"some-llama-{kind}.gguf")
+    kinds = [tensor.tensor_type.name for tensor in reader.tensors]
+    expected = ", ".join(f"{kinds.count(k)} x {k}" for k in sorted(set(kinds)))
+    assert planned["types"] == expected
+
+
+def test_the_planned_size_of_a_gguf_source_counts_its_copied_metadata(llama, tmp_path, text):
+    (tmp_path / "in").mkdir()
+    source = ModelSource(llama)
+    path = tmp_path / "in" / "thing.F32.gguf"
+    write_dense(source, path, kind="F32", base="thing")
+    source.close()
+    words = ("--type", "Q5_1", "--quant", "nearest")
+    planned = quantize(path, text, tmp_path / "out", *words, "--dry-run")
+    quantize(path, text, tmp_path / "out", *words)
+    assert planned["gguf_bytes"] == (tmp_path / "out" / "thing-Q5_1.gguf").stat().st_size

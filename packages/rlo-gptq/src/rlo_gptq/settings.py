@@ -148,14 +148,15 @@ class LayerSettings:
         return dataclasses.asdict(self)
 
     def with_bits(self, bits: int) -> LayerSettings:
-        """Return the settings of a layer with other bits; a trellis has 2, others a scalar grid.
+        """Return the settings of a layer with other bits; the grid is scalar where a trellis has
+        not so many.
 
         Raises:
             ValueError: there is no grid of so many bits.
         """
         if bits == self.bits:
             return self
-        grid: GridKind = "scalar" if bits != 2 else self.grid
+        grid: GridKind = self.grid if bits in TRELLIS_BITS else "scalar"
         return dataclasses.replace(self, bits=bits, grid=grid)
 
     @classmethod

@@ -104,11 +104,10 @@ class Units:
             if not part.startswith("block-"):
                 parts.append(beside[part])
                 continue
-            usual = self._blocks[self.options.layer.bits][part]
             parts.append(
                 {
-                    name: self._blocks[bits.get(_owner(name), self.options.layer.bits)][part][name]
-                    for name in usual
+                    name: self._blocks[bits.get(_owner(name), BITS[0])][part][name]
+                    for name in self._blocks[BITS[0]][part]
                 }
             )
         if sum(tensor_bytes(part) for part in parts) > shards.SINGLE_FILE_BYTES:

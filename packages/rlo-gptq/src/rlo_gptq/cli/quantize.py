@@ -156,6 +156,18 @@ def _show_allocation(found: dict[str, Any]) -> None:
     Console().print(table)
 
 
+# What a plan says of a checkpoint, and not of a GGUF file.
+_OF_A_CHECKPOINT = (
+    "bits_per_weight",
+    "bits",
+    "checkpoint_bytes",
+    "layer_bytes",
+    "embedding_bytes",
+    "head_bytes",
+    "other_bytes",
+)
+
+
 def _print_plan(options: Options, device: str, *, budget: Budget | None, as_json: bool) -> None:
     import torch
 
@@ -181,6 +193,15 @@ def _print_plan(options: Options, device: str, *, budget: Budget | None, as_json
         from rlo_gptq.allocation.run import size_range
 
         sizes = size_range(source, options, budget, folded=folded)
+    if options.gguf is not None:
+        from rlo_gptq.formats.gguf.finish import check_writable, planned_file
+
+        check_writable(source, plan.layout, plan.shapes, options)
+        sizes = planned_file(
+            source, plan.layout, options, base=options.model, folded=folded is not None
+        )
+        for name in _OF_A_CHECKPOINT:
+            del plan.summary[name]
     tuned: dict[str, int] = {}
     if options.end_to_end is not None:
         from rlo_gptq.tuning.memory import packed_config, plan_tuning

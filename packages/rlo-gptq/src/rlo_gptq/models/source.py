@@ -144,7 +144,11 @@ def _from_gguf(file: Path, cache: Path | None) -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_stored_types(partial, gguf_types(file))
-        partial.replace(folder)
+        try:
+            partial.replace(folder)
+        except OSError:  # another process may have converted the same file in the meantime
+            if not (folder / "config.json").is_file():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -245,6 +245,8 @@ def refit_scales(state: Rounding, grid: Grid, *, group_size: int, scale_dtype: S
         group_size: columns of a group, at most 0 for all; 0 also means one scale for the matrix.
         scale_dtype: type in which scales are stored.
     """
+    if hasattr(grid, "refit") and grid.refit(state):  # of another format, with offsets
+        return
     if len(grid.scales) > 1:
         d, groups = len(state.weight), len(grid.scales)
         runs = group_runs(d, group_size)

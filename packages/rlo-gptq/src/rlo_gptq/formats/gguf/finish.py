@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +26,14 @@ from rlo_gptq.formats.gguf.architecture import (
 from rlo_gptq.formats.gguf.round import nearest_blocks
 from rlo_gptq.formats.gguf.tokenizer import tokenizer_metadata
 from rlo_gptq.formats.gguf.types import BLOCK_TYPES, FILE_TYPES, GGUFError, Mixture
-from rlo_gptq.formats.gguf.writer import Entry, check_library, copied_metadata, write_file
+from rlo_gptq.formats.gguf.writer import (
+    Entry,
+    check_library,
+    copied_metadata,
+    file_bytes,
+    write_file,
+)
+from rlo_gptq.models.fold import folded_config
 
 if TYPE_CHECKING:
     from rlo_gptq.models.layout import Layout
@@ -170,6 +179,44 @@ def write_dense(source: ModelSource, path: Path, *, kind: str, base: str) -> int
     return file_of(source, kind, origin=None).write(path, shapes, loads, packed=set(), base=base)
 
 
+def planned_file(
+    source: ModelSource, layout: Layout, options: Options, *, base: str, folded: bool
+) -> dict[str, Any]:
+    """Return the size of the file that a run makes, to the byte, and the types in it.
+
+    Args:
+        source: The model, before rotations are folded.
+        layout: Its blocks.
+        options: Of the run.
+        base: The model's name.
+        folded: Whether a tied head becomes one of its own, by `--rotate fold`.
+    """
+    assert options.gguf is not None
+    check_library()
+    config = source.config.to_dict()
+    state = source.model.state_dict()
+    shapes = {name: tuple(state[name].shape) for name in _stored_names(source)}
+    mixture = mixture_of(source, options.gguf)
+    if folded:
+        config, mixture = folded_config(config), replace(mixture, tied=False)
+        shapes["lm_head.weight"] = tuple(state["lm_head.weight"].shape)
+    writer = FileOf(
+        config,
+        source.folder,
+        mixture.of,
+        kind=options.gguf,
+        origin=gguf_origin(options.model),
+        stored=source.in_file,
+    )
+    size = writer.bytes(shapes, packed=set(layout.names()), base=base)
+    counts = Counter(writer.kinds.values())
+    return {"gguf_bytes": size, "types": ", ".join(f"{n} x {k}" for k, n in sorted(counts.items()))}
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
 def _stored_names(source: ModelSource) -> list[str]:
     tied = set() if has_own_head(source) else {"lm_head.weight"}
     return source.targets(lambda name: name not in tied)
@@ -229,6 +276,22 @@ class FileOf:
         packed: set[str],
         base: str,
     ) -> int:
+        entries = self.entries(shapes, loads, packed=packed)
+        return write_file(path, self.architecture.name, self._metadata(base, shapes), entries)
+
+    def bytes(self, shapes: Mapping[str, tuple[int, ...]], *, packed: set[str], base: str) -> int:
+        """Return the size of the file that `write` makes; loads no tensor."""
+        entries = self.entries(shapes, dict.fromkeys(shapes, _nothing), packed=packed)
+        return file_bytes(self.architecture.name, self._metadata(base, shapes), entries)
+
+    def entries(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        loads: Mapping[str, Callable[[], Tensor]],
+        *,
+        packed: set[str],
+    ) -> list[Entry]:
+        """Return the tensors of the file, in its order."""
         entries = [
             self._entry(name, shapes[name], loads[name], packed=name.rpartition(".")[0] in packed)
             for name in sorted(loads, key=_place)
@@ -239,7 +302,7 @@ class FileOf:
                 0, Entry("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors)
             )
         self.kinds = {entry.name: entry.kind for entry in entries}
-        return write_file(path, self.architecture.name, self._metadata(base, shapes), entries)
+        return entries
 
     def _entry(
         self, name: str, shape: tuple[int, ...], load: Callable[[], Tensor], *, packed: bool

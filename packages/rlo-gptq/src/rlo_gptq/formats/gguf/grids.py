@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlo_gptq.formats.gguf.types import BlockType
+
+if TYPE_CHECKING:
+    from rlo_gptq.rounding.greedy import Rounding
 
 
 def level_tables(kind: BlockType, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +56,11 @@ class BlockGrid:
         self._levels, self._nearest = level_tables(kind, scales)
         self.set_scales(scales)
 
-    def set_scales(self, scales: Tensor) -> None:
-        """Replace d, (d / columns, m)."""
+    def set_scales(self, scales: Tensor, *, offsets: Tensor | None = None) -> None:
+        """Replace d, and d_min too if it is given, both (d / columns, m)."""
         self.scales = scales
+        if offsets is not None:
+            self.offsets = offsets
         self.steps = scales.repeat_interleave(self._ratio, 0) * self.subs
         self.floors = self.offsets.repeat_interleave(self._ratio, 0) * self.mins
         inverse = torch.where(self.steps != 0, 1 / self.steps, torch.zeros_like(self.steps))
@@ -92,6 +98,19 @@ class BlockGrid:
     def units(self, codes: Tensor, columns: Tensor) -> Tensor:
         """Return what a change of d multiplies, s u(c), (n, m)."""
         return self._unit(codes).mul_(self.subs[self._sub_of[columns]])
+
+    def offset_units(self, columns: Tensor) -> Tensor:
+        """Return what a change of d_min multiplies, -m, for some columns, (n, m)."""
+        return -self.mins[self._sub_of[columns]]
+
+    def refit(self, state: Rounding) -> bool:
+        """Move scales and offsets together after rounding; return whether there are offsets."""
+        if not self.kind.mins:
+            return False
+        from rlo_gptq.formats.gguf.refit import refit_blocks
+
+        refit_blocks(state, self)
+        return True
 
     def values(self, codes: Tensor, columns: Tensor) -> Tensor:
         """Return the values (n, m) of the codes (n, m) of some columns, (n,).

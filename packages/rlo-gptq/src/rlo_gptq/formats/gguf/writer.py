@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -79,7 +80,30 @@ def write_file(path: Path, architecture: str, metadata: Metadata, entries: Seque
     return path.stat().st_size
 
 
+def file_bytes(architecture: str, metadata: Metadata, entries: Sequence[Entry]) -> int:
+    """Return the size of the file that `write_file` makes; loads no tensor."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "header.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        try:
+            _begin(writer, path, metadata, entries)
+        finally:
+            writer.close()
+        begun = path.stat().st_size
+    aligned = writer.data_alignment
+    return sum(-(-size // aligned) * aligned for size in (begun, *(e.bytes for e in entries)))
+
+
 def _write(writer: Any, path: Path, metadata: Metadata, entries: Sequence[Entry]) -> None:
+    _begin(writer, path, metadata, entries)
+    for entry in entries:
+        writer.write_tensor_data(_array(entry))
+
+
+def _begin(writer: Any, path: Path, metadata: Metadata, entries: Sequence[Entry]) -> None:
+    """Write everything before the tensors' data."""
     import gguf
 
     for key, (kind, value) in metadata.items():
@@ -94,8 +118,6 @@ def _write(writer: Any, path: Path, metadata: Metadata, entries: Sequence[Entry]
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(_array(entry))
 
 
 def _array(entry: Entry) -> np.ndarray[Any, Any]:
