@@ -1,8 +1,8 @@
 r"""Memory, bytes and time of a quantization from a config.json alone, for a named device.
 
 Times come from operation counts and two stated ceilings of the device: a step takes the longer of
-flops / ceiling and bytes / ceiling, and nothing else; a real run is slower, by a factor of two or
-so where the device is well used. Memory is that of `plan`, for each process.
+flops / ceiling and bytes / ceiling, and nothing else: a lower bound. Memory is that of a process,
+as `quantize --dry-run` has it.
 """
 
 from __future__ import annotations
