@@ -149,6 +149,35 @@ def test_compare_tabulates_and_draws(made, model_folder, text_file, tmp_path):
     assert "perplexity" in run("compare", made[0]).stdout
 
 
+def test_the_calibration_text_as_evaluation_text_is_warned_of(
+    made, model_folder, text_file, tmp_path
+):
+    other = tmp_path / "other.txt"
+    other.write_text("a house " * 300)
+    limits = ["--context", 32, "--max-tokens", 64]
+    warning = f"warning: {made[0]} was calibrated or tuned on this very text"
+    assert warning in run("eval", made[0], text_file, *limits).stderr
+    assert "warning" not in run("eval", made[0], other, *limits).stderr
+    compared = run("compare", made[0], model_folder("llama-gqa-tied"), "--dataset", text_file)
+    assert compared.stderr.count("warning") == 1
+    assert json.loads(run("eval", made[0], text_file, *limits, "--json").stdout)["calibrated_on_it"]
+
+
+def test_compare_names_what_differs_and_inspect_what_the_losses_are_of(
+    made, model_folder, text_file, tmp_path
+):
+    arguments = ["quantize", model_folder("llama-gqa-tied"), text_file, "--wbits", 4, "--quant"]
+    arguments += ["nearest", "--groupsize", 8, "--nsamples", 4, "--seqlen", 32, "--tune"]
+    run(*arguments, "--tune-epochs", 1, "--save", tmp_path / "q")
+    columns = run("compare", made[0], tmp_path / "q").stdout.splitlines()[0].split()
+    assert columns == [
+        *("model", "bits", "method", "incoherence", "groups", "tune"),
+        *("MB", "perplexity", "seconds"),
+    ]
+    assert "before tuning (block)" in run("inspect", tmp_path / "q").stdout
+    assert "tuning" not in run("inspect", made[0]).stdout
+
+
 def test_a_command_whose_stderr_is_no_terminal_draws_no_bars(made, text_file):
     """Those of transformers, which would fill a log; needs a process of its own."""
     command = [sys.executable, "-m", "rlo_gptq", "eval", str(made[0]), str(text_file)]

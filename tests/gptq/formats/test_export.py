@@ -8,11 +8,13 @@ import torch
 from click.testing import CliRunner
 from rlo_gptq.checkpoint.validation import CheckpointError
 from rlo_gptq.cli.main import main
-from rlo_gptq.formats.export import export_checkpoint
+from rlo_gptq.formats.export import check_exportable, export_checkpoint
 from rlo_gptq.formats.gptq import FormatError, unpack_layer
 from rlo_gptq.formats.import_gptq import _one_size as one_size
 from rlo_gptq.formats.import_gptq import import_checkpoint
+from rlo_gptq.models.layout import Layout
 from rlo_gptq.models.shards import save_tensors
+from rlo_gptq.settings import LayerSettings
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -205,6 +207,7 @@ def test_an_order_that_is_no_permutation_is_refused_by_name(make_checkpoint, tmp
     tensors = load_file(tmp_path / "mine" / "model.safetensors")
     tensors[f"{LAYER}.order"][0] = 10**6
     save_tensors(tmp_path / "mine" / "model.safetensors", tensors)
+    (tmp_path / "mine" / "digests.json").unlink()
     with pytest.raises(CheckpointError, match=f"tensor '{LAYER}.order' must hold each of 0..63"):
         rlo_gptq.load(tmp_path / "mine")
 
@@ -236,3 +239,28 @@ def test_the_command_imports(make_checkpoint, tmp_path):
     result = CliRunner().invoke(main, ["import", str(tmp_path / "gptq"), str(tmp_path / "back")])
     assert result.exit_code == 0
     assert result.stdout.startswith("14 layers at 2 bits, group size -1, symmetric: ")
+
+
+def test_all_layers_that_do_not_fit_are_named_at_once_with_the_skip_that_helps():
+    shapes = {
+        f"model.layers.{block}.{name}": shape
+        for block in range(2)
+        for name, shape in {
+            "self_attn.q_proj": (64, 64),
+            "mlp.up_proj": (172, 64),
+            "mlp.down_proj": (64, 172),
+        }.items()
+    }
+    settings = LayerSettings(bits=4, integer_zero=True)
+    layout = Layout("model.layers", 2, (("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"),) * 2)
+    with pytest.raises(FormatError) as refused:
+        check_exportable("gptq", settings, layout, shapes)
+    assert str(refused.value).startswith("4 of 6 layers do not fit (up_proj, down_proj); first: ")
+    assert str(refused.value).endswith(
+        "all would be left out by --skip '*.up_proj' --skip '*.down_proj'"
+    )
+    few = {name: shape for name, shape in shapes.items() if "up_proj" in name}
+    with pytest.raises(FormatError, match="none of the 2 layers fits"):
+        check_exportable("gptq", settings, layout, few)
+    fits = {name: shape for name, shape in shapes.items() if "q_proj" in name}
+    check_exportable("gptq", settings, layout, fits)

@@ -210,6 +210,8 @@ class EvalResult:
         dataset: As it was named.
         split: Of the data.
         fingerprint: Of the text.
+        calibrated_on_it: The model was calibrated or tuned on this very text, so that the number
+            says too little.
     """
 
     perplexity: float
@@ -222,6 +224,7 @@ class EvalResult:
     dataset: str
     split: str
     fingerprint: str
+    calibrated_on_it: bool = False
 
 
 def evaluate(

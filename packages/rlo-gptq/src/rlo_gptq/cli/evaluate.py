@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,18 @@ def evaluate(
         )
         if "original_perplexity" in document:
             click.echo(f"original   {document['original_perplexity']:.4f}")
+        _warn_of_calibration(model, document)
     for task, metrics in document.get("tasks", {}).items():
         click.echo(f"{task}: " + ", ".join(f"{k}={v}" for k, v in metrics.items()))
+
+
+def _warn_of_calibration(model: str, result: Mapping[str, Any]) -> None:
+    if result.get("calibrated_on_it"):
+        click.echo(
+            f"warning: {model} was calibrated or tuned on this very text; its perplexity on other "
+            "text is higher",
+            err=True,
+        )
 
 
 def _show(done: int, count: int) -> None:
@@ -150,6 +161,8 @@ def inspect(model: str, as_json: bool) -> None:
         )
     click.echo(format_table(rows))
     shown = {k: v for k, v in document["settings"].items() if v is not None}
+    if document["tuned"]:
+        click.echo(f"proxy losses are those of rounding, before tuning ({document['tuned']})")
     click.echo("settings: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
     click.echo(
         f"packed {document['packed_bytes'] / MB:.2f} MB, "
@@ -186,7 +199,7 @@ def compare(
         raise click.UsageError("--plot needs --dataset")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise click.UsageError(f"--plot must end in .png or .svg, got {plot.name!r}")
-    from rlo_gptq.evaluation.compare import compare_models, plot_comparison
+    from rlo_gptq.evaluation.compare import DIFFERENCES, compare_models, plot_comparison
 
     rows = compare_models(
         models, dataset, context=context, max_tokens=max_tokens, device=device, dtype=dtype
@@ -196,7 +209,9 @@ def compare(
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    columns = ("model", "bits", "method", "incoherence", "MB", "perplexity", "seconds")
+    differing = [name for name in DIFFERENCES if len({str(row.get(name, "")) for row in rows}) > 1]
+    columns = ("model", "bits", "method", "incoherence", *differing)
+    columns += ("MB", "perplexity", "seconds")
     table: list[tuple[str, ...]] = [columns]
     for row in rows:
         ppl, seconds = row.get("perplexity"), row["quantize_seconds"]
@@ -206,9 +221,12 @@ def compare(
                 str(row["bits"] or ""),
                 row["method"],
                 row.get("incoherence", ""),
+                *(str(row.get(name, "")) for name in differing),
                 f"{row['bytes'] / MB:.2f}",
                 "" if ppl is None else f"{ppl:.4f}",
                 "" if seconds is None else f"{seconds:.1f}",
             )
         )
     click.echo(format_table(table))
+    for row in rows:
+        _warn_of_calibration(row["model"], row)

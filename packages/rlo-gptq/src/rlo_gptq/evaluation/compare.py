@@ -53,7 +53,9 @@ def compare_models(
             result = evaluate_perplexity(
                 name, dataset, context=context, max_tokens=max_tokens, device=device, dtype=dtype
             )
-            row |= {key: result[key] for key in ("perplexity", "tokens", "context")}
+            row |= {
+                key: result[key] for key in ("perplexity", "tokens", "context", "calibrated_on_it")
+            }
         rows.append(row)
     return rows
 
@@ -73,8 +75,38 @@ def _described(folder: Path) -> dict[str, Any]:
             "bits": _bits(settings.bits, found.get("bits", {})),
             "method": settings.method,
             "incoherence": settings.incoherence,
+            "grid": settings.grid,
+            "groups": settings.group_size,
+            **made_by(folder),
         }
     return {**row, "bytes": weight_bytes(folder)}
+
+
+DIFFERENCES = ("grid", "groups", "rotate", "tune", "weighted by", "calibration")
+"""What `compare` shows where its rows differ in it."""
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """Return how a checkpoint was made, as far as its run says."""
+    try:
+        run = read_run(folder)
+    except RLOError:
+        return {}
+    options, summary = run.get("options"), run.get("summary")
+    options = options if isinstance(options, dict) else {}
+    summary = summary if isinstance(summary, dict) else {}
+    tuned = [
+        stage
+        for stage, key in (("block", "block_error_after"), ("e2e", "held_out_kl_after"))
+        if key in summary
+    ]
+    hessian = options.get("hessian", "plain")
+    return {
+        "rotate": options.get("rotate") or "",
+        "tune": " + ".join(tuned),
+        "weighted by": "" if hessian == "plain" else str(hessian),
+        "calibration": str(options.get("dataset", "")).rstrip("/").rpartition("/")[2],
+    }
 
 
 def _bits(usual: int, others: Mapping[str, int]) -> int | str:

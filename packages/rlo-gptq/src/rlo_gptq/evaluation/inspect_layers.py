@@ -10,6 +10,7 @@ from rlo_gptq.bit_rules import described
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig
 from rlo_gptq.checkpoint.load import read_quantization, weight_bytes, weight_files
 from rlo_gptq.checkpoint.outside import outside_modules
+from rlo_gptq.evaluation.compare import made_by
 from rlo_gptq.evaluation.open_model import EvaluationError
 from rlo_gptq.models.source import find_model
 from rlo_gptq.settings import LayerSettings
@@ -17,6 +18,8 @@ from rlo_gptq.settings import LayerSettings
 
 def inspect_model(name: str) -> dict[str, Any]:
     """Return settings, sizes and the layers' errors of a quantized model; reads headers only.
+
+    The errors are those of rounding; `tuned` names the stages of tuning that came after it.
 
     `file_bytes` are those of the weight files; their headers are all that is in them beside
     `packed_bytes` and `other_bytes`.
@@ -67,6 +70,7 @@ def inspect_model(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "settings": settings.to_dict(),
+        "tuned": made_by(folder).get("tune", ""),
         "bits": described([layer["bits"] for layer in layers if layer["layer"] not in outside]),
         "file_bytes": weight_bytes(folder),
         "packed_bytes": packed,

@@ -9,9 +9,12 @@ import torch
 from rlo_core.errors import RLOError
 from rlo_core.lm import models
 from rlo_core.lm.models import ADAPTER_FILE
+from rlo_core.runs.record import read_run
 
+from rlo_gptq.checkpoint.validation import read_object
 from rlo_gptq.models.source import find_model
 from rlo_gptq.pipeline.processes import pick_device
+from rlo_gptq.pipeline.work_folder import PLAN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,3 +50,22 @@ def check_model(name: str) -> Path:
         RLOError: there is no such model.
     """
     return Path(name) if (Path(name) / ADAPTER_FILE).is_file() else find_model(name)
+
+
+def calibration_fingerprints(folder: Path) -> set[str]:
+    """Return what identifies the texts that a model was calibrated or tuned on; none if unknown."""
+    if (folder / ADAPTER_FILE).is_file():
+        return calibration_fingerprints(check_model(models.adapter_base(folder)))
+    found = set()
+    try:
+        run = read_run(folder)
+        found.add(run["data"]["fingerprint"])
+    except (RLOError, KeyError, TypeError):
+        pass
+    try:
+        plan = read_object(folder / PLAN_FILE)["decisions"]
+        found.add(plan["data"]["fingerprint"])
+        found.add(plan["end_to_end"]["data"]["fingerprint"])
+    except (RLOError, KeyError, TypeError):
+        pass
+    return {text for text in found if isinstance(text, str)}

@@ -12,7 +12,7 @@ from rlo_core.lm.text import load_first_split
 from rlo_core.lm.tokens import token_ids, window_length
 
 from rlo_gptq.checkpoint.load import weight_bytes
-from rlo_gptq.evaluation.open_model import open_model
+from rlo_gptq.evaluation.open_model import calibration_fingerprints, open_model
 
 
 def evaluate_perplexity(
@@ -39,7 +39,8 @@ def evaluate_perplexity(
         progress: Called with windows done and windows in all.
 
     Returns:
-        `perplexity`, `ce` (nats per token), `tokens`, `context`, `bytes`, `seconds`, `dataset`, ...
+        `perplexity`, `ce` (nats per token), `tokens`, `context`, `bytes`, `seconds`, `dataset`,
+        ...; `calibrated_on_it` says that this very text was the calibration text.
     """
     model, tokenizer, folder = open_model(name, device=device, dtype=dtype)
     data, found = load_first_split(dataset, [split] if split else ["test", "validation"])
@@ -58,6 +59,7 @@ def evaluate_perplexity(
         "dataset": dataset,
         "split": found,
         "fingerprint": data.fingerprint,
+        "calibrated_on_it": data.fingerprint in calibration_fingerprints(folder),
         "perplexity": result.perplexity,
         "ce": result.ce,
         "tokens": result.tokens,

@@ -137,10 +137,36 @@ def check_exportable(
     _check_settings(settings, experts=layout.experts)
     _check_one_width(format, settings, layout.bits)
     _check_whole(module_table(layout.linears))
+    _check_all(format, settings.group_size, shapes)
+
+
+def _check_all(format: str, group_size: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse all layers that do not fit at once, with the --skip that would help.
+
+    Raises:
+        FormatError: says what is wrong with the first one, and which others do not fit.
+    """
+    refused: dict[str, FormatError] = {}
     for name, (rows, columns) in shapes.items():
-        _check_groups(name, columns, settings.group_size)
-        if format == "gptq":
-            check_widths(name, rows, columns)
+        try:
+            _check_groups(name, columns, group_size)
+            if format == "gptq":
+                check_widths(name, rows, columns)
+        except FormatError as error:
+            refused[name] = error
+    if not refused:
+        return
+    first = next(iter(refused.values()))
+    if len(refused) == 1:
+        raise first
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in refused))
+    skip = " ".join(f"--skip '*.{kind}'" for kind in kinds)
+    if len(refused) == len(shapes):
+        raise FormatError(f"{first} (none of the {len(shapes)} layers fits)")
+    raise FormatError(
+        f"{len(refused)} of {len(shapes)} layers do not fit ({', '.join(kinds)}); first: {first}; "
+        f"all would be left out by {skip}"
+    )
 
 
 def _check_settings(settings: LayerSettings, *, experts: bool) -> None:
