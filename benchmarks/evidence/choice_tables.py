@@ -14,7 +14,7 @@ from rlo_core.compare.measures import criterion_value
 from rlo_core.compare.search import Search, SearchOptions
 from rlo_core.compare.study import open_study
 from rlo_core.compare.task import Task
-from rlo_core.compare.verdict import verdict_of
+from rlo_core.compare.verdict import interval, verdict_of
 from runner import RESULTS, load_results
 
 Cell = dict[tuple[str, float], dict[int, dict[str, Any]]]
@@ -123,20 +123,31 @@ def noise() -> list[list[str]]:
 
 
 def losses(group: str) -> list[list[str]]:
-    """A row per loss: clean test accuracy in each cell, its rate chosen by `miss`."""
+    """A row per loss: clean accuracy and calibration error in each cell, its rate by `miss`.
+
+    The rate is chosen with the seeds of the whole grid; the figures are over all seeds that ran it.
+    """
     shown = {n: c for n, c in cells().items() if n.startswith(f"{group},")}
-    rows = [
-        ["loss", *(f"{n.partition(', ')[2]} ({len(seeds)})" for n, (_, seeds) in shown.items())]
-    ]
+    rows = [["loss", *(n.partition(", ")[2] for n in shown)]]
     names = dict.fromkeys(loss for cell, _ in shown.values() for loss, _ in cell)
     for loss in names:
         row = [f"`{loss}`"]
         for cell, seeds in shown.values():
             own = judged(cell, seeds, "symmetric")
             config = min((c for c in cell if c[0] == loss), key=own.__getitem__)
-            records = [cell[config][s]["test"] for s in seeds]
-            accuracy = 100 * fmean(r["accuracy"] for r in records)
-            row.append(f"{accuracy:.1f}, {100 * fmean(r['ece'] for r in records):.0f}")
+            tests = {s: record["test"] for s, record in cell[config].items()}
+            base = min((c for c in cell if c[0] == "ce"), key=own.__getitem__)
+            gaps = [
+                100 * (t["accuracy"] - cell[base][s]["test"]["accuracy"])
+                for s, t in tests.items()
+                if s in cell[base]
+            ]
+            text = f"{100 * fmean(t['accuracy'] for t in tests.values()):.1f}"
+            if loss != "ce" and len(gaps) > 1:
+                low, high = interval(gaps)
+                text += f" ({low:+.1f} to {high:+.1f})"
+            ece = 100 * fmean(t["ece"] for t in tests.values())
+            row.append(f"{text}, ECE {ece:.0f}, {len(tests)}")
         rows.append(row)
     return rows
 

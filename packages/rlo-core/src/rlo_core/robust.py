@@ -63,7 +63,8 @@ class AGCE(Link):
 
     def slope(self, ce: Tensor) -> Tensor:
         p = torch.exp(-ce)
-        return p * (p + self.a) ** (self.q - 1.0)
+        slope: Tensor = p * (p + self.a) ** (self.q - 1.0)
+        return slope
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class CompareOptions:
         return tuple(dict.fromkeys(found))
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "numbers"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:

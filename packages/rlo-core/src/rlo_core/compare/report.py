@@ -119,8 +119,8 @@ def _reliability(
     for loss in losses:
         if rate_of.get(loss) is None:
             continue
-        records = runs[(loss, task.rates.index(rate_of[loss]))].values()
-        records = [figures(r) for r in records if not r.get("diverged") and "bins" in figures(r)]
+        measured = runs[(loss, task.rates.index(rate_of[loss]))].values()
+        records = [figures(r) for r in measured if not r.get("diverged") and "bins" in figures(r)]
         if not records:
             continue
         figure, (ax,) = new_figure(4.0, 3.4)

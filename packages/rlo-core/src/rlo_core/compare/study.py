@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlo_core.compare.task import CompareError
 from rlo_core.errors import RunError
@@ -110,7 +110,7 @@ def open_study(
             raise CompareError(
                 f"storage {url.partition(':')[0]!r} needs {error.name or error}: pip install it"
             ) from error
-        study: optuna.Study = optuna.create_study(
+        study = optuna.create_study(
             study_name=name,
             storage=database,
             sampler=optuna.samplers.TPESampler(
@@ -137,7 +137,7 @@ def open_study(
                 f"the study in {where} was begun with other {', '.join(differing)}; "
                 "give another --out (or --study), or the same options"
             )
-    return study
+    return cast("optuna.Study", study)
 
 
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

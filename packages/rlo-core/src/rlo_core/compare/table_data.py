@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def read_table(data: str, target: str | None = None, *, like: Table | None = Non
 
 
 def _table(
-    name: str, features: dict[str, Sequence[Any]], labels: list[str], like: Table | None
+    name: str, features: Mapping[str, Sequence[Any]], labels: list[str], like: Table | None
 ) -> Table:
     classes = like.classes if like else sorted(set(labels), key=_order)
     number = {value: i for i, value in enumerate(classes)}
