@@ -59,7 +59,8 @@ class AGCE(Link):
     def value(self, ce: Tensor) -> Tensor:
         # (a+p)/(a+1) = 1 + (p-1)/(a+1): small losses keep their digits.
         fallen = torch.log1p(torch.expm1(-ce) / (1.0 + self.a))
-        return torch.expm1(fallen * self.q) * (-((1.0 + self.a) ** self.q) / self.q)
+        value: Tensor = torch.expm1(fallen * self.q) * (-((1.0 + self.a) ** self.q) / self.q)
+        return value
 
     def slope(self, ce: Tensor) -> Tensor:
         p = torch.exp(-ce)

@@ -90,7 +90,7 @@ def open_study(
         RunError: the study was begun with another setup; says what differs.
         CompareError: optuna is missing, or the database cannot be used.
     """
-    optuna = import_optuna()
+    library = import_optuna()
     url = storage
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def open_study(
     with storage_errors(where):
         engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         try:
-            database = optuna.storages.RDBStorage(
+            database = library.storages.RDBStorage(
                 url,
                 engine_kwargs=engine,
                 heartbeat_interval=HEARTBEAT,
@@ -110,16 +110,16 @@ def open_study(
             raise CompareError(
                 f"storage {url.partition(':')[0]!r} needs {error.name or error}: pip install it"
             ) from error
-        study = optuna.create_study(
+        study = library.create_study(
             study_name=name,
             storage=database,
-            sampler=optuna.samplers.TPESampler(
+            sampler=library.samplers.TPESampler(
                 seed=seed + os.getpid() % 1000 if storage else seed,
                 n_startup_trials=len(setup["losses"]),
                 multivariate=True,
                 constant_liar=True,
             ),
-            pruner=optuna.pruners.SuccessiveHalvingPruner(
+            pruner=library.pruners.SuccessiveHalvingPruner(
                 min_resource=1, reduction_factor=3, bootstrap_count=len(setup["losses"])
             ),
             load_if_exists=True,
