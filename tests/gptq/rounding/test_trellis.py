@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -141,6 +142,21 @@ def test_compiled_loops_and_torch_find_the_same_codes(trellis, monkeypatch):
     for seam in (None, torch.randint(trellis.states >> trellis.bits, (3,))):
         one = search_of(CPU, trellis, compiled=False)(x, weight, seam)
         assert torch.equal(one, search_of(CPU, trellis, compiled=True)(x, weight, seam))
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_without_numba_the_codes_are_the_same(without, monkeypatch):
+    x, weight = torch.randn(300), torch.rand(300)
+    expected = encode(x, weight, OLD)
+    if without:
+        monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
+        monkeypatch.delitem(sys.modules, "rlo_gptq.rounding.viterbi_numba", raising=False)
+    viterbi.compiler_works.cache_clear()
+    try:
+        assert not (without and viterbi.compiler_works())
+        assert torch.equal(encode(x, weight, OLD), expected)
+    finally:
+        viterbi.compiler_works.cache_clear()
 
 
 def squared_error(trellis, n=4096):

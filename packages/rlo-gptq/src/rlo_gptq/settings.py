@@ -34,7 +34,7 @@ class LayerSettings:
         method: `nearest`, `gptq`, `ldlq`, `ldlqRG`, `allbal` or `ldlbal_admm`.
         grid: `scalar`, or a trellis (1 to 4 bits, trellis-coded sequences down the rows): `trellis`
             with states of 10 bits, `trellis:L=12`, `trellis:L=14`, `trellis:L=16` with wider ones,
-            which are better and take four times as long for every two bits.
+            which are better and take up to four times as long for every two bits.
         group_size: -1 one scale per row, 0 one for the matrix, n > 0 one per n columns of a row
             (the last group may be short).
         sym: symmetric grid; False searches the zero point too.

@@ -192,7 +192,8 @@ def decode(codes: Tensor, trellis: Trellis, lengths: Sequence[int] | None = None
     values, parts = trellis.values(codes.device), []
     before = trellis.symbols - 1
     for start, n, count in runs_of(lengths or trellis.lengths(codes.shape[-1])):
-        block = codes[..., start : start + n * count].unflatten(-1, (count, n))
+        block = codes[..., start : start + n * count]
+        block = block.reshape(*codes.shape[:-1], count, n)
         if before <= n:
             head = block[..., n - before :]
         else:  # around more than once

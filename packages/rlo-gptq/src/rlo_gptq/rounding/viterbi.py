@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -92,8 +91,18 @@ def search_of(device: torch.device, trellis: Trellis, *, compiled: bool | None =
         compiled: Use numba; by default on a CPU where it is installed.
     """
     if compiled is None:
-        compiled = device.type == "cpu" and find_spec("numba") is not None
+        compiled = device.type == "cpu" and compiler_works()
     return functools.partial(_compiled if compiled else _in_torch, trellis)
+
+
+@functools.cache
+def compiler_works() -> bool:
+    """Return whether numba is there and goes with the numpy that is."""
+    try:
+        import rlo_gptq.rounding.viterbi_numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _by_newest(trellis: Trellis, device: torch.device) -> Tensor:

@@ -11,7 +11,15 @@ import numba
 import numpy as np
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _compiled(function: Any) -> Any:
+    """Compile a function when it is first called, and keep what comes of it where that can be."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder of this user's can be written
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def best_codes(
     x: Any, weight: Any, values: Any, bits: int, seam: int, kept: Any, codes: Any
 ) -> None:  # pragma: no cover - compiled
