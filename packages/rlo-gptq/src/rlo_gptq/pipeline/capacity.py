@@ -23,7 +23,7 @@ from rlo_gptq.models.outside import find_outside
 from rlo_gptq.packed.quant_linear import QuantLinear
 from rlo_gptq.pipeline.plan import sequence_length
 from rlo_gptq.rounding.methods import rounding_bytes
-from rlo_gptq.settings import LayerSettings
+from rlo_gptq.settings import LayerSettings, trellis_state_bits
 
 PASSES = 3.5
 """Forward passes of a block's layers: in true-sequential order 2.5, one more for its output."""
@@ -92,8 +92,9 @@ def rounding_cost(m: int, d: int, settings: LayerSettings) -> Cost:
     passes = float(settings.passes)
     flops = 2.0 * m * d * d * (FITTING_PRODUCTS + passes)
     moved = 4.0 * m * d * (FITTING_MOVES + blocks * (feedback + 1.75 * passes))
-    if settings.grid == "trellis":  # 1024 states of four predecessors for each weight and pass
-        flops += 1024 * 6.0 * m * d * (1.0 + passes)
+    state_bits = trellis_state_bits(settings.grid)
+    if state_bits is not None:  # all states, of several predecessors, for each weight and pass
+        flops += 2.0**state_bits * 6.0 * m * d * (1.0 + passes)
     return Cost(flops, moved)
 
 
