@@ -9,7 +9,7 @@ import click
 
 from rlo_gptq.budget import PROBE_TOKENS, Budget
 from rlo_gptq.cli.groups import option
-from rlo_gptq.cli.sizes import Bytes
+from rlo_gptq.cli.sizes import size_in_bytes
 from rlo_gptq.options import PLAIN, Options
 from rlo_gptq.settings import (
     ALL_BITS,
@@ -90,7 +90,8 @@ class Size:
     """Size."""
 
     bytes: int | None = option(
-        type=Bytes(),
+        type=size_in_bytes,
+        metavar="SIZE",
         help="Choose the bits of every layer, of embedding and head so that the weight files have "
         "at most this size, e.g. 60MB.",
     )

@@ -12,19 +12,20 @@ import click
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-class Bytes(click.ParamType):
-    """A number of bytes: 60MB, 1.5GB, 58MiB or 60000000."""
+def size_in_bytes(value: str | int) -> int:
+    """Return the bytes of 60MB, 1.5GB, 58MiB or 60000000.
 
-    name = "SIZE"
+    Raises:
+        click.BadParameter: it is no size.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
-        if found is None:
-            self.fail(f"must be a size such as 60MB, 1.5GB or 58MiB, got {value!r}", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2] or ""])
+    Example:
+        >>> size_in_bytes("1.5kB"), size_in_bytes("2KiB")
+        (1500, 2048)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", str(value).strip().lower())
+    if found is None:
+        raise click.BadParameter(f"must be a size such as 60MB, 1.5GB or 58MiB, got {value!r}")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
 def _read(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
