@@ -35,24 +35,34 @@ def earlier(name: str) -> list[dict[str, Any]]:
 
 
 def with_uniform(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say beside each mixed model what uniform ones of its size reach, measured or between two."""
+    """Say beside each mixed model the best that uniform ones of its size reach.
+
+    Uniform models with one width of the embedding make a line; measured at the size itself or
+    between two, and the lowest of the lines counts.
+    """
     for record in records:
         if record["bits"] != "mixed":
             continue
         same = ("seed", "method", "nsamples", "seqlen")
-        points = sorted(
-            (r["bytes"], r["ce"], r["bits"])
-            for r in records
-            if isinstance(r["bits"], int) and all(r[key] == record[key] for key in same)
-        )
-        below = [p for p in points if p[0] <= record["budget_bytes"]]
-        above = [p for p in points if p[0] >= record["budget_bytes"]]
-        if not below or not above:
-            continue
-        (a, low, first), (b, high, last) = below[-1], above[0]
-        share = 0.0 if a == b else (record["budget_bytes"] - a) / (b - a)
-        record["uniform_perplexity"] = math.exp(low + share * (high - low))
-        record["uniform"] = "measured" if a == b else f"between {first} and {last} bits, by bytes"
+        lines: dict[Any, list[tuple[int, float, int]]] = {}
+        for r in records:
+            if isinstance(r["bits"], int) and all(r[key] == record[key] for key in same):
+                line = lines.setdefault(r.get("uniform_embed_bits"), [])
+                line.append((r["bytes"], r["ce"], r["bits"]))
+        reached = []
+        for embed, points in lines.items():
+            below = [p for p in sorted(points) if p[0] <= record["budget_bytes"]]
+            above = [p for p in sorted(points) if p[0] >= record["budget_bytes"]]
+            if not below or not above:
+                continue
+            (a, low, first), (b, high, last) = below[-1], above[0]
+            share = 0.0 if a == b else (record["budget_bytes"] - a) / (b - a)
+            how = f"{first} bits" if a == b else f"between {first} and {last} bits, by bytes"
+            named = "recommended" if embed is None else f"{embed} bits"
+            reached.append((low + share * (high - low), f"{how}; embedding {named}"))
+        if reached:
+            ce, record["uniform"] = min(reached)
+            record["uniform_perplexity"] = math.exp(ce)
     return records
 
 
@@ -64,6 +74,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--averages", nargs="*", type=float, default=[2.5, 3])
     parser.add_argument("--uniform", nargs="*", type=int, default=[2, 3])
+    parser.add_argument("--embed-bits", type=int, help="of the uniform models; 8 if left out")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--method", default="ldlqRG")
     parser.add_argument("--nsamples", type=int, default=16)
@@ -111,8 +122,17 @@ def main() -> None:
             "method": args.method,
             "nsamples": args.nsamples,
             "seqlen": args.seqlen,
+            **(
+                {}
+                if bits is None or not args.embed_bits
+                else {"uniform_embed_bits": args.embed_bits}
+            ),
         }
-        if late() or any(setting.items() <= record.items() for record in records):
+        plain = "uniform_embed_bits" not in setting
+        if late() or any(
+            setting.items() <= r.items() and plain == ("uniform_embed_bits" not in r)
+            for r in records
+        ):
             continue
         options = Options(
             model=model,
@@ -124,6 +144,7 @@ def main() -> None:
             seqlen=args.seqlen,
             seed=seed,
             split=calibration,
+            embed_bits=None if average is not None else args.embed_bits,
         )
         extra: dict[str, Any] = {}
         cpu = time.process_time()

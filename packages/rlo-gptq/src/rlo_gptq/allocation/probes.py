@@ -417,7 +417,7 @@ def probe_bits(unit: Unit) -> int:
 
 
 @contextmanager
-def _swapped(matrices: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+def _swapped(matrices: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Put other matrices in place of parameters for a while."""
     before = {parameter: parameter.data for parameter in matrices}
     try:
