@@ -52,7 +52,7 @@ SWAPS: dict[type[ast.AST], str] = {
     ast.Pow: "*", ast.And: "or", ast.Or: "and",
 }  # fmt: skip
 SECONDS = 60
-"""Of processor time for one mutant at most; one that uses them up counts as caught: it hangs."""
+"""Of processor time for one mutant at most; one that uses them up gets no verdict."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,9 @@ def chosen_tests(file: str, tests: dict[str, str]) -> list[str]:
     stem, name = Path(file).stem.strip("_"), module_of(file)
     near = [path for path in found if stem in Path(path).stem or f"{name} import" in tests[path]]
     if len(near) < 3:
-        near += [path for path in found if path not in near]
+        package = file.split("/")[1].removeprefix("rlo-")
+        own = [path for path in tests if Path(path).parent == Path("tests") / package]
+        near += [path for path in dict.fromkeys([*found, *own]) if path not in near]
     return sorted(near, key=lambda path: stem not in Path(path).stem)
 
 
@@ -334,7 +336,7 @@ def judge(mutants: list[Mutant], out: Path, seconds: float, seed: int) -> None:
         record: dict[str, object] = {"key": mutant.key, **asdict(mutant), "caught": False}
         if files:
             status, used, failed = run_tests(files, mutant)
-            caught = status not in (0, 5)
+            caught = None if status < 0 else status not in (0, 5)
             record |= {"caught": caught, "status": status, "seconds": used, "by": failed}
             if failed and failed not in clean:
                 clean[failed] = run_tests([failed], None)[0] == 0
