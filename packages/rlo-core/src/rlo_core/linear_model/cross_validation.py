@@ -10,8 +10,9 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import check_cv
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, validate_data
+from sklearn.utils.validation import validate_data
 
+from rlo_core.linear_model._compat import check_sample_weight
 from rlo_core.linear_model.estimator import RootedLogisticRegression
 from rlo_core.linear_model.root import Array, Form
 
@@ -101,7 +102,7 @@ class RootedLogisticRegressionCV(RootedLogisticRegression):
         check_classification_targets(y)
         weight: Array | None = None
         if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+            weight = check_sample_weight(sample_weight, X, ensure_non_negative=True)
         classes, counts = np.unique(y, return_counts=True)
         if len(classes) < 2:
             raise ValueError(f"y must have at least two classes, got one class: {classes[0]}")
