@@ -20,7 +20,7 @@ from rlo_gptq.cli.quantize_groups import (
 )
 from rlo_gptq.cli.tune import EndToEnd
 from rlo_gptq.options import Options
-from rlo_gptq.settings import GridKind, LayerSettings
+from rlo_gptq.settings import GridKind, Incoherence, LayerSettings
 
 
 def chosen_options(
@@ -126,7 +126,7 @@ def layer_settings(grid: Grid, rounding: Rounding, rotation: Rotation) -> LayerS
     """
     compat = rounding.compat is not None
     rotated = rotation.incoh_processing or rotation.pre_proj
-    implied = ("kronecker" if compat else "hadamard") if rotated else "none"
+    implied: Incoherence = ("kronecker" if compat else "hadamard") if rotated else "none"
     try:
         return LayerSettings(
             bits=grid.wbits,
