@@ -492,3 +492,87 @@ def test_a_compiled_model_takes_the_fused_path_and_is_compiled_once(tmp_path, hf
     expected = hf.expected_gradient("llama", rows[:2], 5.0)
     assert hf.relative_error(grab.value, expected) < 3e-6
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_whisper_has_the_gradient_of_the_formula(tmp_path, hf):
+    """Its decoder inputs are the labels moved right, ignored ones as padding."""
+    config = transformers.WhisperConfig(
+        vocab_size=37,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_source_positions=8,
+        max_target_positions=16,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, 37, (4, 6), generator=g)
+    labels[0, 4:] = labels[2, 2:] = -100
+    batch = {"input_features": torch.randn(4, 8, 16, generator=g), "labels": labels}
+
+    def model():
+        torch.manual_seed(0)
+        return transformers.WhisperForConditionalGeneration(config)
+
+    grab = hf.GrabGradients()
+    rows = [{name: batch[name][i] for name in batch} for i in range(4)]
+    Seq2SeqTrainer(
+        model(),
+        transformers.Seq2SeqTrainingArguments(**_common(hf, tmp_path)),
+        lambda rows: {name: torch.stack([row[name] for row in rows]) for name in batch},
+        rows,
+        loss="rlo:k=5",
+        callbacks=[grab],
+    ).train()
+    one = model().train()
+    logits = one(**batch).logits  # it makes its decoder inputs of the labels itself
+    hf.rooted_mean([(logits, labels)], 5.0).backward()
+    assert hf.relative_error(grab.value, hf.gradients(one)) < 3e-6
+
+
+def _common(hf, tmp_path):
+    names = ("output_dir", "use_cpu", "max_steps", "report_to", "save_strategy", "disable_tqdm",
+             "max_grad_norm", "learning_rate", "optim", "remove_unused_columns",
+             "train_sampling_strategy", "dataloader_pin_memory")  # fmt: skip
+    given = hf.arguments(tmp_path).to_dict()
+    return {name: given[name] for name in names} | {"per_device_train_batch_size": 4}
+
+
+def test_ctc_is_refused_with_the_reason(tmp_path, hf):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,),
+        conv_stride=(2,),
+        conv_kernel=(3,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    with pytest.raises(
+        RLOError, match=r"^Wav2Vec2ForCTC is trained on CTC, a sum over all alignmen"
+    ):
+        Trainer(transformers.Wav2Vec2ForCTC(config), hf.arguments(tmp_path), loss="rlo")
+
+
+def test_the_k_of_a_schedule_is_logged_beside_the_loss(tmp_path, hf):
+    args = hf.arguments(tmp_path, max_steps=4, logging_steps=1, learning_rate=1e-3)
+    rows = hf.examples("llama")
+    loss = "rlo:k=2,warmup=0.5,k_start=8"
+    trainer = Trainer(hf.build("llama"), args, hf.collate, rows, loss=loss)
+    trainer.train()
+    logged = [record["k"] for record in trainer.state.log_history if "loss" in record]
+    assert logged == pytest.approx([8.0, 1 / ((1 / 8 + 1 / 2) / 2), 2.0, 2.0])
+    other = Trainer(hf.build("llama"), args, hf.collate, rows, loss="rlo:k=2")
+    other.train()
+    assert all("k" not in record for record in other.state.log_history)

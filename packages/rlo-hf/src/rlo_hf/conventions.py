@@ -7,6 +7,7 @@ from typing import Any
 
 from rlo_core.errors import RLOError
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from rlo_hf.objective import Objective
@@ -77,6 +78,13 @@ def add_decoder_inputs(base: Any, inputs: dict[str, Any]) -> None:
     """Make `decoder_input_ids` from the labels, as the model does when it is given labels."""
     if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return
+    if type(
+        base
+    ).__name__ in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values() and not hasattr(
+        base, "prepare_decoder_input_ids_from_labels"
+    ):
+        inputs["decoder_input_ids"] = _moved_right(inputs["labels"], base.config)
+        return
     if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
         raise RLOError(
             f"{type(base).__name__} does not make decoder inputs from labels; let the collator add "
@@ -84,6 +92,13 @@ def add_decoder_inputs(base: Any, inputs: dict[str, Any]) -> None:
         )
     made = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
     inputs["decoder_input_ids"] = made
+
+
+def _moved_right(labels: Tensor, config: Any) -> Tensor:
+    """Return decoder inputs as Whisper and other speech models make them of labels."""
+    start, padding = config.decoder_start_token_id, config.pad_token_id
+    moved = nn.functional.pad(labels[:, :-1], (1, 0), value=start)
+    return moved.masked_fill(moved == -100, padding)
 
 
 def router_loss(base: Any, outputs: Any) -> Tensor | float:

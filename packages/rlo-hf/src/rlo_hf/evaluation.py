@@ -12,6 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlo_hf.objective import Objective
+from rlo_hf.schedule import scheduled
+
 EvalLoss = Literal["objective", "ce"]
 
 
@@ -64,10 +67,17 @@ class ExactEvaluation:
     """
 
     _eval_sums: EvalSums
+    loss_objective: Objective
 
     @property
     def _host(self) -> Any:
         return self
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log what the Trainer does, and the k that a schedule has arrived at beside the loss."""
+        if "loss" in logs:
+            logs = {**logs, **scheduled(self.loss_objective)}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def prediction_step(
         self,

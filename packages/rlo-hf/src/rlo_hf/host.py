@@ -9,7 +9,15 @@ HOST = Host(
     summary="rooted losses in Hugging Face's Trainer and TRL, and a finetuning command",
     command="rlo_hf.cli:main",
     requires={"transformers": ">=5.11,<6", "accelerate": ">=1.10"},
-    optional={"peft": ">=0.18", "trl": ">=1.16,<2", "gguf": ">=0.11"},
+    optional={
+        "peft": ">=0.18",
+        "trl": ">=1.16,<2",
+        "gguf": ">=0.11",
+        "llamafactory": ">=0.9.5",
+        "ms-swift": ">=4.6",
+        "axolotl": "",
+        "torchtitan": ">=0.3",
+    },
 )
 
 COMPARER = Host(

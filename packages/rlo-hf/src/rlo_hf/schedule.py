@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import transformers
@@ -26,3 +27,12 @@ class ScheduleCallback(transformers.TrainerCallback):
         criterion = self.objective.criterion
         if isinstance(criterion, nn.Module) and state.max_steps > 0:
             set_progress(criterion, min(state.global_step / state.max_steps, 1.0))
+
+
+def scheduled(objective: Objective) -> dict[str, float]:
+    """Return the k in force as a record of a log; nothing without a schedule, or at k = inf."""
+    criterion: Any = objective.criterion
+    criterion = getattr(criterion, "criterion", criterion)  # behind gates
+    if not getattr(getattr(criterion, "schedule", None), "warmup", 0.0):
+        return {}
+    return {"k": float(criterion.k)} if math.isfinite(criterion.k) else {}

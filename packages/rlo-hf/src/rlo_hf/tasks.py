@@ -66,6 +66,11 @@ def task_of(model: nn.Module) -> Task:
             f"{name} has two targets per example (start and end) and no labels; rlo-hf does not "
             "train question answering"
         )
+    if name.endswith("ForCTC"):
+        raise RLOError(
+            f"{name} is trained on CTC, a sum over all alignments of its labels, where no frame "
+            "has a label of its own; a loss that is a function of cross entropy does not apply"
+        )
     found = _by_name(name, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
     if found is None and _shifts(base):
         found = "causal"

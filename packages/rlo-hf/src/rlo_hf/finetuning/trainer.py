@@ -158,7 +158,7 @@ class Record(transformers.TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            names = ("loss", "grad_norm", "learning_rate", "epoch")
+            names = ("loss", "grad_norm", "learning_rate", "epoch", "k")
             kept = {name: logs[name] for name in names if name in logs}
             self.run.log(step=state.global_step, split="train", **kept)
 
