@@ -55,7 +55,7 @@ class LinearPath:
         self._head: Head | None = None
         self._call: tuple[Tensor, Tensor | None, Layer | None] | None = None
         # One function for all calls: a compiled model would be compiled anew for another one.
-        self._forward = torch.compiler.disable(self._in_place_of_logits)
+        self._forward = torch.compiler.disable(self._in_place_of_logits)  # type: ignore[no-untyped-call]
         self._base: weakref.ref[nn.Module] | None = None
 
     def decide(self, base: nn.Module, host: Any) -> None:

@@ -53,9 +53,8 @@ class Reference:
                     "LoRA adapters, whose model without them is the reference"
                 )
         else:
-            sizes = [
-                m.get_output_embeddings().weight.shape[0] for m in (model, base_of(host.model))
-            ]
+            both: tuple[Any, Any] = (model, base_of(host.model))
+            sizes = [m.get_output_embeddings().weight.shape[0] for m in both]
             if sizes[0] != sizes[1]:
                 raise RLOError(
                     f"the reference must have the vocabulary of the model, {sizes[1]} tokens, got "

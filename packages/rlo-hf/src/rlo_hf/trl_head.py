@@ -43,7 +43,7 @@ def reason_against(args: Any, *, gathers: bool = False) -> str | None:
         return "torch_compile is on"
     if not (hasattr(trl_utils, _KERNEL) and hasattr(trl_utils, _COMPACT)):
         return "this version of TRL computes its output layer in another way"
-    if gathers and is_deepspeed_zero3_enabled():
+    if gathers and is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "ZeRO-3 gathers the layer for TRL's kernel only"
     return None
 

@@ -26,7 +26,8 @@ class ORPOSlot(PreferenceMixin):
         """Put head and loss in a trainer that is made; arguments as `rlo_hf.trl.DPOTrainer`."""
         super().open_slot(loss, check=check, linear=linear)
         if self.linear_path == "fused":
-            add_fused_lm_head(base_of(self._host.model), outputs=("log_probs", "mean_logits"))
+            base: Any = base_of(self._host.model)
+            add_fused_lm_head(base, outputs=("log_probs", "mean_logits"))
 
     def _linked(self, x: Tensor) -> Tensor:
         return -self._link_of(x)
