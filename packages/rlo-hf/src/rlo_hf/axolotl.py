@@ -19,7 +19,7 @@ class LossArgs(BaseModel):
     """As `check` of `rlo_hf.Trainer`."""
 
 
-class RLOPlugin(BasePlugin):
+class RLOPlugin(BasePlugin):  # type: ignore[misc]
     """Puts the loss of the configuration in the trainer that Axolotl makes."""
 
     def get_input_args(self) -> str:

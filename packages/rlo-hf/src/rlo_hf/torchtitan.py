@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import BaseLoss
 
 
-class RootedLoss(BaseLoss):
+class RootedLoss(BaseLoss):  # type: ignore[misc]
     """Any loss of the family, summed over tokens; torchtitan divides by the tokens of all ranks.
 
     Raises:
@@ -25,7 +25,7 @@ class RootedLoss(BaseLoss):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
+    class Config(BaseLoss.Config):  # type: ignore[misc]
         """The loss's place in a configuration."""
 
         spec: str = "rlo"
