@@ -127,15 +127,25 @@ class Activations:
         width: Width of a hidden state.
         dtype: Of the hidden states.
         offload: A folder for the file, or None for memory.
+        pinned: Keep memory's pages in place, so that a GPU copies while the host goes on. All
+            copies of a store are then in the order of the current stream.
     """
 
     def __init__(
-        self, count: int, length: int, width: int, dtype: torch.dtype, offload: Path | None = None
+        self,
+        count: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype,
+        offload: Path | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
         self.shape, self.dtype = (count, length, width), dtype
+        self.pinned = pinned and offload is None
         self._file = None
         if offload is None:
-            self._store = torch.empty(self.shape, dtype=dtype)
+            self._store = torch.empty(self.shape, dtype=dtype, pin_memory=self.pinned)
             return
         offload.mkdir(parents=True, exist_ok=True)
         # No name in the file system: nothing is left behind, whatever happens.
@@ -155,7 +165,9 @@ class Activations:
     def get(self, index: int, device: torch.device) -> Tensor:
         """Return the hidden states of one sequence, (1, tokens, width)."""
         if self._file is None:
-            return self._store[index : index + 1].to(device)
+            if self.pinned and device.type == "cpu":
+                torch.cuda.synchronize()  # what is still on its way here
+            return self._store[index : index + 1].to(device, non_blocking=self.pinned)
         _, length, width = self.shape
         size = length * width * self.dtype.itemsize
         self._file.seek(index * size)
@@ -165,7 +177,7 @@ class Activations:
     def set(self, index: int, hidden: Tensor) -> None:
         """Replace the hidden states of one sequence."""
         if self._file is None:
-            self._store[index] = hidden[0].cpu()
+            self._store[index].copy_(hidden[0], non_blocking=self.pinned)
             return
         raw = hidden[0].to("cpu", self.dtype).contiguous().view(torch.uint8)
         self._file.seek(index * raw.numel())

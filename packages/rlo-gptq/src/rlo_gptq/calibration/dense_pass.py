@@ -48,7 +48,12 @@ def first_inputs(
     loaded()
     hidden, calls = record_inputs(model, modules, sequences[0], source.device)
     activations = Activations(
-        max(1, len(mine)), hidden.shape[1], hidden.shape[2], hidden.dtype, offload
+        max(1, len(mine)),
+        hidden.shape[1],
+        hidden.shape[2],
+        hidden.dtype,
+        offload,
+        pinned=source.device.type == "cuda",
     )
     for row, index in enumerate(mine):
         hidden, others = record_inputs(model, modules, sequences[index], source.device)

@@ -146,7 +146,7 @@ class BlockQuantizer:
     def _like(self, activations: Activations) -> Activations:
         """Return room for hidden states of the same sequences, kept in the same way."""
         folder = self.work.folder if self.options.offload else None
-        return Activations(*activations.shape, activations.dtype, folder)
+        return Activations(*activations.shape, activations.dtype, folder, pinned=activations.pinned)
 
     def _tune(
         self,
