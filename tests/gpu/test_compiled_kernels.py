@@ -32,7 +32,7 @@ REGISTERS = {
     "_prepare_kernel": 40,
     "_vector_kernel": 255,
     "_stream_kernel": 168,
-    "_trellis_kernel": 168,
+    "_trellis_kernel": 216,
     "_feedback_kernel": 255,
     "_greedy_kernel": 255,
 }
@@ -148,7 +148,8 @@ def check(site: Callable[[], None], target: str) -> None:
         if name in ("_vector_kernel", "_stream_kernel"):
             assert name == "_stream_kernel" or launch.arguments["VECTOR"] < 4 or code.wide_loads
             if launch.arguments["ROWS"] == 1:
-                assert code.barriers == 0, (name, code.barriers)
+                # Scales may be moved between threads once a round, codes and inputs never.
+                assert code.barriers <= 2, (name, code.barriers)
                 each = code.instructions / weights_of_a_lane(launch) / 32
                 assert each <= INSTRUCTIONS_PER_WEIGHT, (name, each)
 

@@ -56,7 +56,7 @@ def chunk_size(tokens: int, rows: int) -> int:
 
 def sums_products_wide(x: Tensor) -> bool:
     """Whether half-precision products can be added to a float32 sum without a copy (CUDA)."""
-    return x.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads()
+    return x.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def drops_ignored(device: torch.device) -> bool:

@@ -37,7 +37,7 @@ def _bounded(z, softcap, HAS_SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-
     return z
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _expm1(x):  # type: ignore[no-untyped-def]
     """E^x - 1, by its series where the difference would lose its digits."""
     series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x / 24.0)))

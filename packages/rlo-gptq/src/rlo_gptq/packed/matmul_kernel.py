@@ -27,7 +27,8 @@ OUTPUTS = 4
 """Rows of the weight in a program: 1024 programs for 4096 outputs."""
 ROWS = 4
 """Rows of x in a program; more of them take more programs, for which the weights come out of the
-second cache and are unpacked again: more accumulators would not fit in registers."""
+second cache and are unpacked again: more accumulators would not fit in registers. Half as many for
+float32 inputs, which take twice the registers."""
 MOST_ROWS = 16
 _PREPARE = 1024
 
@@ -58,7 +59,7 @@ def _prepare_kernel(  # type: ignore[no-untyped-def]
     tl.store(prepared + row * slots * PER + at, value, mask=at < slots * PER)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _grid_of(scales, zeros, zero, out, group, groups, held, HAS_ZEROS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scale and zero, (outputs, 1, lanes)."""
     at = out[:, None, None] * groups + group[None, None, :]
@@ -68,7 +69,7 @@ def _grid_of(scales, zeros, zero, out, group, groups, held, HAS_ZEROS: tl.conste
     return scale, scale * 0.0 + zero
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _finish(total, bias, y, out, row, outputs, rows, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sum over lanes, add the bias, store; total is (outputs, rows, lanes)."""
     result = tl.sum(total, axis=2)
@@ -189,7 +190,7 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     _finish(total, bias, y, out, row, outputs, rows, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _earlier_words(packed, earlier, out, outputs, words, word, held, BACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The words of the rows whose codes are BACK places before in their sequences."""
     row = tl.load(earlier + BACK * outputs + out, mask=out < outputs, other=0).to(tl.int64)
@@ -311,7 +312,8 @@ def packed_matmul(
     straddles = 32 % bits != 0
     per, slots = (32, -(-columns // 32)) if straddles else (32 // bits, words)
     group_lanes = group_size // codes if groups > 1 else max(words, slots, 1)
-    rows = min(ROWS, triton.next_power_of_2(max(n, 1)))
+    most = ROWS // 2 if x.dtype == torch.float32 else ROWS
+    rows = min(most, triton.next_power_of_2(max(n, 1)))
     per_column = isinstance(zeros, Tensor)
     if n == 0 or outputs == 0:
         return y
