@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rlo_gptq.calibration.hessian_sum import STRIP, CalibrationError, HessianSum
+from rlo_gptq.calibration.hessian_sum import SUM_ROWS, CalibrationError, HessianSum
 
 
 def relative_error(sums: torch.Tensor, exact: torch.Tensor) -> float:
@@ -36,8 +36,8 @@ def test_token_weights_are_those_of_a_weighted_mean():
 
 
 def test_a_wide_hessian_is_summed_in_strips_and_exactly_symmetric():
-    x = torch.randn(30, STRIP + 9)
-    hessian = HessianSum(STRIP + 9)
+    x = torch.randn(30, SUM_ROWS + 9)
+    hessian = HessianSum(SUM_ROWS + 9)
     hessian.add(x)
     mean = hessian.mean("layer")
     assert torch.equal(mean, mean.T)

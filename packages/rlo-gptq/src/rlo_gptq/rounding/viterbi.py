@@ -185,13 +185,13 @@ def _torch_batch(trellis: Trellis, x: Tensor, weight: Tensor, seam: Tensor | Non
     every, of_state = torch.arange(batch, device=device), trellis.values(device)
     oldest = torch.arange(K, device=device) * inner
     path = torch.empty(n, batch, dtype=torch.int64, device=device)
-    for t in range(n - 1, -1, -1):
-        path[t] = state & (K - 1)
-        if not t:
+    for step in range(n - 1, -1, -1):
+        path[step] = state & (K - 1)
+        if not step:
             break
         before = oldest + (state >> trellis.bits)[:, None]  # (batch, K)
         v = of_state[before]
-        costs = kept[t - 1][every[:, None], before >> trellis.bits]
-        costs = costs + (v * weight[:, t - 1, None] + slope[:, t - 1, None]) * v
+        costs = kept[step - 1][every[:, None], before >> trellis.bits]
+        costs = costs + (v * weight[:, step - 1, None] + slope[:, step - 1, None]) * v
         state = before.gather(1, costs.argmin(1, keepdim=True))[:, 0]
     return path.T

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -243,7 +244,8 @@ def stand_in(model: nn.Module, *, outside: bool) -> list[StoredParameter]:
         model: With packed modules, which may be on the meta device.
         outside: Whether embedding and head are trained; otherwise they stay as they are.
     """
-    ends = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
+    head_of: Any = getattr(model, "get_output_embeddings", None)
+    ends = {id(head_of())} if head_of is not None else set()
     named = list(model.named_modules())
     tuned: dict[int, TunedEmbedding] = {}
     found: list[StoredParameter] = []

@@ -76,7 +76,8 @@ def model_sizes(source: ModelSource, config: RLOGPTQConfig, *, embeddings: bool)
         config: Of the packed one.
         embeddings: Whether embeddings and output layer are trained.
     """
-    model: Any = copy.deepcopy(source.model).float()
+    copied: Any = copy.deepcopy(source.model)
+    model: Any = copied.float()
     if config.split_experts:
         split_all_experts(model)
     tied = set(model.all_tied_weights_keys)

@@ -91,6 +91,7 @@ class Pictures(Dataset[tuple[Any, int]]):
         return digest.hexdigest()[:16]
 
 
+_generator: Any = np.random  # whose types leave these two functions out
 _GENERATOR = np.random.MT19937()
 """What transforms draw on through `np.random` in the training process."""
 
@@ -103,8 +104,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
     own = get_worker_info() is None
     if own:
         # numpy's generator is exchanged: to read its state and to put it back takes 0.5 ms.
-        before = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-        np.random.set_bit_generator(_GENERATOR)
+        before = random.getstate(), _generator.get_bit_generator(), torch.get_rng_state()
+        _generator.set_bit_generator(_GENERATOR)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the GPU's too
@@ -113,7 +114,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     finally:
         if own:
             random.setstate(before[0])
-            np.random.set_bit_generator(before[1])
+            _generator.set_bit_generator(before[1])
             torch.set_rng_state(before[2])
 
 
