@@ -304,7 +304,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "choice-noise": lambda: markdown(choice_tables.noise()),
     "choice-heads": lambda: markdown(choice_tables.losses("heads")),
     "choice-news": lambda: markdown(choice_tables.losses("news")),
-    "choice-tables": lambda: markdown(choice_tables.losses("tables")),
     "choice-replay": lambda: markdown(choice_tables.replay()),
 }
 

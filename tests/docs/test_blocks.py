@@ -83,7 +83,7 @@ def test_every_command_of_a_page_exists_and_takes_its_options(name: str) -> None
     [
         ("rlo-gptq quantize MODEL DATA --wbits 2 --save DIR", None),
         ("torchrun --nproc-per-node=2 -m rlo_gptq quantize MODEL DATA --save DIR", None),
-        ("rlo-gptq quantize MODEL DATA --bits 2", "No such option"),
+        ("rlo-gptq quantize MODEL DATA --bitwidth 2", "No such option"),
         ("rlo-gptq squeeze MODEL", "No such command 'squeeze'"),
         ("rlo-gptq quantize MODEL DATA --wbits 7", "'7' is not one of"),
         ("make tea", "no target 'tea'"),

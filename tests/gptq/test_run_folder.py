@@ -100,7 +100,7 @@ def test_a_folder_that_holds_nothing_but_a_dead_lock_is_free(tmp_path):
         (PLAN_FILE, b"\xff\xfe", "is not JSON"),
         (RUN_FILE, "[1]", "must hold an object"),
         (RUN_FILE, "{}", "has no summary of the finished run"),
-        (RUN_FILE, '{"summary": 3}', "has no summary of the finished run"),
+        (RUN_FILE, '{"summary": 3}', "summary must be an object"),
         (RUN_FILE, "{", "is not JSON"),
     ],
 )

@@ -108,7 +108,6 @@ CONTRADICTIONS = {
     "other bits": (settings(bits=4), "must have shape"),
     "other groups": (settings(group_size=8), "must have shape"),
     "scales of another type": (settings(scale_dtype="bfloat16"), "must have type BF16"),
-    "a trellis of three bits": (settings(grid="trellis"), "bits must be 2 with grid 'trellis'"),
     "fewer blocks": (edited(num_hidden_layers=1), "has no use for"),
     "more blocks": (edited(num_hidden_layers=3), "lacks tensor"),
     "a narrower model": (edited(intermediate_size=40), "must have shape"),

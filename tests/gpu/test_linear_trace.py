@@ -131,8 +131,11 @@ def test_kernels_are_launched_on_the_device_of_the_tile():
         (False, torch.bfloat16, "chunked"),
     ],
 )
-def test_auto_chooses_by_what_has_to_be_summed(trainable: bool, dtype: Any, impl: str):
+def test_auto_chooses_by_what_has_to_be_summed(
+    trainable: bool, dtype: Any, impl: str, monkeypatch: pytest.MonkeyPatch
+):
     """A frozen head needs two products by chunks, and three in two passes."""
+    monkeypatch.setattr("rlo_core.linear.plan.cce_installed", lambda: False)
     with fake_gpu():
         hidden = torch.empty(TOKENS, 64, device="cuda", dtype=dtype, requires_grad=True)
         weight = torch.empty(32_000, 64, device="cuda", dtype=dtype, requires_grad=trainable)

@@ -155,9 +155,9 @@ def test_a_run_that_trains_nothing_is_refused(tmp_path):
 
 def test_a_trainer_with_an_objective_of_its_own_is_refused(tmp_path):
     trl = pytest.importorskip("trl")
-    trainer = object.__new__(trl.DPOTrainer)
+    trainer = object.__new__(trl.RewardTrainer)
     with pytest.raises(
-        RLOError, match=r"^DPOTrainer has an objective of its own and takes no loss"
+        RLOError, match=r"^RewardTrainer has an objective of its own and takes no loss"
     ):
         adopt(trainer, "rlo")
 

@@ -23,6 +23,7 @@ def api(root: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_every_public_name_of_the_inventory_is_there_and_takes_what_it_took(

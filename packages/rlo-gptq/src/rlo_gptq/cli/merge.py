@@ -11,7 +11,6 @@ import click
 from rlo_gptq.cli import options as shared
 from rlo_gptq.cli.options import MB
 from rlo_gptq.pipeline.run import run_quantization
-from rlo_gptq.tuning.after_rounding import quantize_and_tune
 
 
 @click.command("merge")
@@ -110,6 +109,8 @@ def merge_adapter(
         processes.wait()
         options = replace(options, model=str(dense), offload=offload)
         try:
+            from rlo_gptq.tuning.after_rounding import quantize_and_tune
+
             run = run_quantization if options.end_to_end is None else quantize_and_tune
             document = run(options, folder, device=device, base=str(adapter))
             processes.wait()

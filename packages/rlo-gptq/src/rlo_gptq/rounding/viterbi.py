@@ -174,8 +174,8 @@ def _torch_batch(trellis: Trellis, x: Tensor, weight: Tensor, seam: Tensor | Non
     for t in range(n):
         by_oldest = cost.view(K, batch, K, outer)
         torch.minimum(by_oldest[:, :, 0], by_oldest[:, :, 1], out=low)
-        for oldest in range(2, K):
-            torch.minimum(low, by_oldest[:, :, oldest], out=low)
+        for code in range(2, K):
+            torch.minimum(low, by_oldest[:, :, code], out=low)
         kept[t].view(batch, outer, K).copy_(low.permute(1, 2, 0))
         torch.mul(value, weight[:, t, None], out=term)
         term.add_(slope[:, t, None]).mul_(value)
