@@ -135,8 +135,9 @@ class GrabGradients(transformers.TrainerCallback):
             self.value = gradients(kwargs["model"])
 
 
-def arguments(tmp_path: Any, **more: Any) -> transformers.TrainingArguments:
-    options: dict[str, Any] = {
+def one_update(tmp_path: Any) -> dict[str, Any]:
+    """Return the options of one plain step on a CPU, in order and without clipping."""
+    return {
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,
         "max_steps": 1,
@@ -146,9 +147,15 @@ def arguments(tmp_path: Any, **more: Any) -> transformers.TrainingArguments:
         "max_grad_norm": 0.0,
         "learning_rate": 0.1,
         "optim": "sgd",
-        "remove_unused_columns": False,
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,
+    }
+
+
+def arguments(tmp_path: Any, **more: Any) -> transformers.TrainingArguments:
+    options: dict[str, Any] = {
+        **one_update(tmp_path),
+        "remove_unused_columns": False,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
     }
@@ -197,6 +204,7 @@ def hf() -> SimpleNamespace:
         V=V,
         GrabGradients=GrabGradients,
         arguments=arguments,
+        one_update=one_update,
         arguments_of=arguments_of,
         build=build,
         byte_tokenizer=tiny.byte_tokenizer,
@@ -209,4 +217,17 @@ def hf() -> SimpleNamespace:
         scores_and_labels=scores_and_labels,
         tiny=tiny,
         update_of=update_of,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A word for each token of the small models."""
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(V)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", eos_token="w1", bos_token="w2"
     )

@@ -132,17 +132,7 @@ def sft(hf):
         from rlo_hf.trl import SFTTrainer
 
         given = {
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "max_steps": 1,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "max_grad_norm": 0.0,
-            "learning_rate": 0.1,
-            "optim": "sgd",
-            "train_sampling_strategy": "sequential",
-            "dataloader_pin_memory": False,
+            **hf.one_update(tmp_path),
             "per_device_train_batch_size": 8,
             "max_length": 32,
             "bf16": False,

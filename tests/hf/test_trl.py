@@ -15,19 +15,6 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    import tokenizers
-    import transformers
-
-    words = {f"w{i}": i for i in range(37)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", eos_token="w1", bos_token="w2"
-    )
-
-
 def sft(
     tmp_path,
     hf,

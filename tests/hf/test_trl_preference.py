@@ -17,19 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    import tokenizers
-    import transformers
-
-    words = {f"w{i}": i for i in range(37)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", eos_token="w1", bos_token="w2"
-    )
-
-
 def pairs():
     return [
         {
@@ -72,17 +59,7 @@ def run(
 
     stock, config = host_of(kind)
     given = {
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "max_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_grad_norm": 0.0,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
+        **hf.one_update(tmp_path),
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "bf16": False,

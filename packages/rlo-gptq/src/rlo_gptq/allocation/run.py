@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rlo_core.errors import RLOError
 from rlo_core.runs.folder import lock_folder
 
@@ -27,9 +25,10 @@ from rlo_gptq.allocation.choose import (
 from rlo_gptq.allocation.probes import Prober, Probes
 from rlo_gptq.allocation.units import EMBEDDING, HEAD, Units
 from rlo_gptq.budget import Budget
-from rlo_gptq.models.fold_checkpoint import fold_checkpoint, read_folded_head
+from rlo_gptq.calibration.sequences import digest_of
+from rlo_gptq.models.fold_checkpoint import fold_checkpoint, folded_copy, read_folded_head
 from rlo_gptq.models.source import ModelSource, find_model
-from rlo_gptq.pipeline.blocks import load_calibration
+from rlo_gptq.pipeline.blocks import load_calibration, open_source
 from rlo_gptq.pipeline.processes import Processes, join_processes
 from rlo_gptq.pipeline.work_folder import PROBES_FILE, WorkFolder
 
@@ -87,14 +86,8 @@ def probed(
     WorkFolder(folder, {}).check_free()
     model = find_model(options.model)
     if options.rotate is not None:
-        turned = folder.with_name(f".{folder.name}.folded")
-        model = fold_checkpoint(model, turned, seed=options.seed)
-    source = ModelSource(
-        model,
-        dtype=getattr(torch, options.dtype),
-        device=processes.device,
-        trust_remote_code=options.trust_remote_code,
-    )
+        model = fold_checkpoint(model, folded_copy(folder), seed=options.seed)
+    source = open_source(options, model, processes.device)
     try:
         head = None if options.rotate is None else read_folded_head(model)
         units = Units(source, options, folded=None if head is None else head.kind)
@@ -104,7 +97,7 @@ def probed(
         del layer["bits"], layer["npasses"]
         decisions = {
             "weights": source.fingerprint(),
-            "tokens": hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16],
+            "tokens": digest_of(sequences),
             "data": data,
             "layer": layer,
             "seed": options.seed,
@@ -191,7 +184,7 @@ def _refuse(units: Units, budget: Budget) -> None:
 
 def discard_folded(folder: Path) -> None:
     """Remove the folded copy that probes of `--rotate fold` were made on."""
-    shutil.rmtree(folder.with_name(f".{folder.name}.folded"), ignore_errors=True)
+    shutil.rmtree(folded_copy(folder), ignore_errors=True)
 
 
 def pareto_curve(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,8 @@ def sample_sequences(ids: Tensor, *, count: int, length: int, seed: int) -> Tens
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator)
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+def digest_of(sequences: Tensor) -> str:
+    """Return what identifies calibration sequences, for a run that goes on with the same ones."""
+    return hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]

@@ -169,20 +169,15 @@ _OF_A_CHECKPOINT = (
 
 
 def _print_plan(options: Options, device: str, *, budget: Budget | None, as_json: bool) -> None:
-    import torch
 
     from rlo_gptq.models.fold import check_foldable
     from rlo_gptq.models.outside import find_outside
-    from rlo_gptq.models.source import ModelSource, find_model
+    from rlo_gptq.models.source import find_model
+    from rlo_gptq.pipeline.blocks import open_source
     from rlo_gptq.pipeline.plan import discover
     from rlo_gptq.pipeline.processes import pick_device
 
-    source = ModelSource(
-        find_model(options.model),
-        dtype=getattr(torch, options.dtype),
-        device=pick_device(device),
-        trust_remote_code=options.trust_remote_code,
-    )
+    source = open_source(options, find_model(options.model), pick_device(device))
     folded = None
     if options.rotate is not None:
         family = check_foldable(source.config.to_dict())

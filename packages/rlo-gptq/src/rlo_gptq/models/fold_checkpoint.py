@@ -23,6 +23,11 @@ NOTE = "fold.json"
 TIED_HEAD = "fold-tied-head.safetensors"
 
 
+def folded_copy(folder: Path) -> Path:
+    """Return where the folded form of a model that is quantized into `folder` is kept."""
+    return folder.with_name(f".{folder.name}.folded")
+
+
 @dataclass(frozen=True)
 class FoldedHead:
     r"""A head that was tied to the embedding before rotations were folded; see `TiedHead`.

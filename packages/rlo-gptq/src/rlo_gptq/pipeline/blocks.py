@@ -4,7 +4,6 @@ disk.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,17 @@ from transformers import AutoTokenizer
 from rlo_gptq.calibration.block_inputs import Activations, BlockCall, run_sequences
 from rlo_gptq.calibration.dense_pass import dense_outputs, first_inputs
 from rlo_gptq.calibration.hessian_sum import CalibrationError
-from rlo_gptq.calibration.sequences import sample_sequences
+from rlo_gptq.calibration.sequences import digest_of, sample_sequences
 from rlo_gptq.calibration.token_weights import sequence_weights, weighting_link
 from rlo_gptq.formats.export import check_exportable
 from rlo_gptq.formats.gguf.block import GGUFBlockQuantizer
 from rlo_gptq.formats.gguf.finish import check_writable
-from rlo_gptq.models.fold_checkpoint import FoldedHead, fold_checkpoint, read_folded_head
+from rlo_gptq.models.fold_checkpoint import (
+    FoldedHead,
+    fold_checkpoint,
+    folded_copy,
+    read_folded_head,
+)
 from rlo_gptq.models.layout import Layout, split_all_experts
 from rlo_gptq.models.outside import Outside
 from rlo_gptq.models.source import ModelSource, find_model, release
@@ -59,6 +63,16 @@ class Result:
     layout: Layout
     seqlen: int
     data: dict[str, Any]
+
+
+def open_source(options: Options, model: Path, device: torch.device) -> ModelSource:
+    """Open the dense model in `model`, as the options say."""
+    return ModelSource(
+        model,
+        dtype=getattr(torch, options.dtype),
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def load_calibration(
@@ -106,18 +120,13 @@ def quantize_model(
             f"{options.nsamples}; give a larger --nsamples"
         )
     model = find_model(options.model)
-    folded = folder.with_name(f".{folder.name}.folded")
+    folded = folded_copy(folder)
     if options.rotate is not None:
         if processes.first:
             fold_checkpoint(model, folded, seed=options.seed)
         processes.wait()
         model = folded
-    source = ModelSource(
-        model,
-        dtype=getattr(torch, options.dtype),
-        device=processes.device,
-        trust_remote_code=options.trust_remote_code,
-    )
+    source = open_source(options, model, processes.device)
     try:
         folded_head = None if options.rotate is None else read_folded_head(model)
         plan = discover(source, options, folded=None if folded_head is None else folded_head.kind)
@@ -127,12 +136,11 @@ def quantize_model(
         for name in options.formats:
             check_exportable(name, options.layer, plan.layout, plan.shapes)
         sequences, data = load_calibration(options, source, plan.seqlen)
-        tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
         decisions = {
             **options.decisions(),
             "seqlen": plan.seqlen,
             "weights": source.fingerprint(),
-            "tokens": tokens,
+            "tokens": digest_of(sequences),
             "data": data,
         }
         work = WorkFolder(folder, decisions)

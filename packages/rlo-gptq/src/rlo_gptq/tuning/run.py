@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ from rlo_core.runs.record import Run, read_run
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from rlo_gptq.calibration.sequences import digest_of
 from rlo_gptq.calibration.token_weights import weighting_link
 from rlo_gptq.checkpoint.hf_quantizer import METHOD, RLOGPTQConfig
 from rlo_gptq.checkpoint.load import read_quantization, weight_files
@@ -265,7 +265,7 @@ def _decisions(
         "end_to_end": {
             **asdict(tuning.settings),
             "data": data,
-            "tokens": hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16],
+            "tokens": digest_of(sequences),
             "weights": source.fingerprint(),
             "checkpoint": file_digests(weight_files(tuning.folder)),
             "earlier": before.get("end_to_end"),
